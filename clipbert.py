@@ -1,0 +1,504 @@
+"""ClipBERT: a ResNet and a BERT trained end to end on a few randomly sampled clips per video.
+
+    Less is More: ClipBERT for Video-and-Language Learning via Sparse Sampling
+    Lei, Li, Zhou, Gan, Berg, Bansal, Liu. CVPR 2021. https://arxiv.org/abs/2102.06183
+
+Read this file beside section 3 of the paper, top to bottom:
+
+    c_i          a clip: T frames out of about one second of video        (B, T, 3, L, L)  pixels 0..255
+    F_v(c_i)     ResNet-50, grid encoder, mean over T, 2-D positions      (B, h*w, d)      `encode_frames`, `VisualEmbedding`
+    F_l(S)       word + position + type embeddings                        (B, Lt, d)       BERT's own
+    H            a 12-layer BERT over [text tokens; grid tokens]          (B, Lt + h*w, d) `fuse`
+    p_i = H(F_v(c_i), F_l(S))                                             (B, K)           `ClipBert.forward`, `clip_logits`
+    p = G(p_1, ..., p_N)                                                  (B, K)           `aggregate_clips`
+    loss = NLL(p, q)                                                      scalar           `video_loss`
+
+B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K outputs.
+"""
+
+import os
+import warnings
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
+from transformers import BertConfig, BertModel
+from transformers.models.bert.modeling_bert import BertPreTrainingHeads
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+# name -> (residual block, blocks in each stage res2..res5); "tiny" stops after res3, see GridFeatures.
+BACKBONES = {
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "tiny": (BasicBlock, (1, 1)),
+}
+
+
+@dataclass
+class ClipBertConfig:
+    """Every size of the model. The defaults are `base()`: the paper's model."""
+
+    backbone: str = "resnet50"  # a key of BACKBONES
+    frozen_stages: int = 2  # 0: none; 1: the stem; 2: stem and res2, as in the paper's code
+    caffe_strides: bool = False  # True: a stage's stride sits in its first 1x1 conv; False: in the 3x3 (torchvision)
+    bgr: bool = False  # the channel order in which the CNN was pretrained
+    pixel_mean: tuple = (123.675, 116.28, 103.53)  # RGB, on the 0..255 scale (ImageNet)
+    pixel_std: tuple = (58.395, 57.12, 57.375)
+    hidden_size: int = 768  # d
+    layers: int = 12
+    heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 30522
+    dropout: float = 0.1  # embeddings, attention, sublayer outputs, pooled vector; none in the CNN or inside the MLP
+    init_std: float = 0.02  # of Linear and Embedding weights
+    layer_norm_eps: float = 1e-12
+
+    @classmethod
+    def base(cls):
+        """The paper's model, to start from ImageNet ResNet-50 (torchvision) and bert-base-uncased."""
+        return cls()
+
+    @classmethod
+    def official(cls):
+        """`base()` as the official checkpoint needs it: detectron2's caffe ResNet, BGR pixels minus mean, std 1."""
+        return cls(caffe_strides=True, bgr=True, pixel_std=(1.0, 1.0, 1.0))
+
+    @classmethod
+    def tiny(cls, vocab_size=30522):
+        """A model that learns the toy data from scratch on a laptop CPU in minutes (stride 16: a 4 x 4 grid at L = 64).
+
+        Nothing is frozen (there are no pretrained weights to protect) and there is no dropout (a small model on endless
+        random clips does not overfit). Initial scale matters most: with BERT's .02 a 128-wide, 3-layer transformer
+        attends uniformly and stays at ln(5) for a long time; 1/sqrt(d) lets attention pick out tokens from step one.
+        """
+        return cls(
+            backbone="tiny", frozen_stages=0, hidden_size=128, layers=3, heads=4, intermediate_size=256,
+            vocab_size=vocab_size, dropout=0.0, init_std=128**-0.5,
+        )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# F_v, the visual encoder (paper 3.2): ResNet -> grid encoder -> mean over T -> 2-D positions
+
+
+class GridFeatures(nn.Module):
+    """The CNN half of F_v: pixels to a grid of d-dimensional features, frame by frame.
+
+    Total stride 64: the ResNet's 32, then 2 of the grid encoder's max-pool. The "tiny" backbone stops after res3
+    (stride 8, so 16 in all), since a 64-pixel toy frame would otherwise end in a single grid cell.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        block, depths = BACKBONES[cfg.backbone]
+        resnet = torchvision.models.ResNet(block, (*depths, 1, 1)[:4], norm_layer=FrozenBatchNorm2d)
+        resnet.avgpool = resnet.fc = nn.Identity()  # grid features keep their places: no pooling, no ImageNet classes
+        stages = [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
+        if len(depths) == 2:
+            resnet.layer3 = resnet.layer4 = nn.Identity()
+        if cfg.caffe_strides:
+            for stage in stages[1:]:
+                stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+        self.resnet = resnet
+        channels = 64 * 2 ** (len(depths) - 1) * block.expansion
+        self.grid_encoder = nn.Sequential(  # section 3.2 / implementation details; no bias, no norm
+            nn.Conv2d(channels, cfg.hidden_size, kernel_size=3, padding=1, bias=False),
+            nn.MaxPool2d(kernel_size=2, stride=2),
+            nn.ReLU(),
+        )
+        scale_residual_branches(stages[: len(depths)])
+        frozen = [resnet.conv1, *stages][: cfg.frozen_stages]
+        for parameter in (p for module in frozen for p in module.parameters()):
+            parameter.requires_grad_(False)  # BatchNorm needs nothing here: FrozenBatchNorm2d holds only buffers
+        mean, std = torch.tensor(cfg.pixel_mean), torch.tensor(cfg.pixel_std)
+        self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
+
+    def normalize(self, frames):
+        """(..., 3, L, L) uint8 or float RGB 0..255 -> float, as the CNN was pretrained.
+
+        Frames arrive padded with zeros, so padding becomes -mean/std: the reference pads before it normalises, too.
+        """
+        pixels = (frames.float() - self.pixel_mean) / self.pixel_std
+        return pixels.flip(-3) if self.cfg.bgr else pixels  # the mean is RGB: flip only after subtracting it
+
+    def forward(self, frames):
+        """(B, T, 3, L, L) uint8 or float RGB 0..255 -> grid features (B, T, h, w, d)."""
+        B, T = frames.shape[:2]
+        x = self.normalize(frames.flatten(0, 1))  # (B*T, 3, L, L)
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+        r = self.resnet
+        x = r.maxpool(r.relu(r.bn1(r.conv1(x))))  # (B*T, 64, L/4, L/4)
+        x = r.layer4(r.layer3(r.layer2(r.layer1(x))))  # (B*T, 2048, L/32, L/32)
+        x = self.grid_encoder(x)  # (B*T, d, h, w)
+        return x.permute(0, 2, 3, 1).unflatten(0, (B, T))  # (B, T, h, w, d)
+
+
+def scale_residual_branches(stages):
+    """Shrink each residual branch's last convolution, for a start without pretrained weights.
+
+    A FrozenBatchNorm without statistics normalises nothing: every block would double the variance, 2^16 over ResNet-50.
+    Scaled by 1/sqrt(number of blocks), the sum of all branches stays of the size of the input.
+    """
+    blocks = [block for stage in stages for block in stage]
+    for block in blocks:
+        last = block.conv3 if isinstance(block, Bottleneck) else block.conv2
+        last.weight.data.mul_(len(blocks) ** -0.5)
+
+
+class VisualEmbedding(nn.Module):
+    """Grid features to visual tokens: mean over T, row + column positions, visual type, LayerNorm (paper 3.2).
+
+        v[y, x] = LayerNorm( 1/T sum_t grid[t, y, x] + row[y] + col[x] + type )
+    """
+
+    MAX_GRID = 100  # rows and columns that have an embedding, as in the official checkpoint
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.row_position_embeddings = nn.Embedding(self.MAX_GRID, cfg.hidden_size)
+        self.col_position_embeddings = nn.Embedding(self.MAX_GRID, cfg.hidden_size)
+        self.token_type_embeddings = nn.Embedding(1, cfg.hidden_size)
+        self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, grid, keep=None):
+        """grid (B, T, h, w, d) -> visual tokens (B, h*w, d), row by row.
+
+        keep: None, or how many tokens to draw at random (pretraining: 100), the same places for the whole batch. Drawn
+        after the positions are added, so a token still knows where it was.
+        """
+        h, w = grid.shape[2:4]
+        if max(h, w) > self.MAX_GRID:
+            raise ValueError(f"a grid of {h} x {w} cells, but {self.MAX_GRID} rows and columns have positions: smaller --size")
+        x = grid.mean(1)  # (B, h, w, d): the order of frames within a clip is not seen
+        x = x + self.row_position_embeddings.weight[:h, None]  # (h, 1, d)
+        x = x + self.col_position_embeddings.weight[:w]  # (w, d)
+        x = x.flatten(1, 2)  # (B, h*w, d)
+        if keep is not None and keep < h * w:
+            x = x[:, torch.randperm(h * w, device=x.device)[:keep].sort().values]
+        x = x + self.token_type_embeddings.weight
+        return self.dropout(self.LayerNorm(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# F_l and H, the cross-modal transformer (paper 3.2)
+
+
+class VideoTextEncoder(nn.Module):
+    """F_v, F_l and H: what fine-tuning and pretraining share."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.cnn = GridFeatures(cfg)
+        self.bert = BertModel(bert_config(cfg))  # its embeddings are F_l, its encoder is H
+        self.visual_embeddings = VisualEmbedding(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.visual_embeddings.apply(self.init_weights)
+
+    def init_weights(self, module):
+        """BERT's initialisation: N(0, init_std), zero biases. (The grid encoder keeps the default of its convolution.)"""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.cfg.init_std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def encode_frames(self, frames):
+        """F_v up to the grid: (B, T, 3, L, L) uint8 or float RGB 0..255 -> (B, T, h, w, d), before the mean over T."""
+        return self.cnn(frames)
+
+    def fuse(self, grid, input_ids, attention_mask, keep=None):
+        """H(F_v, F_l): BERT over the sequence [text; visual].
+
+        grid (B, T, h, w, d); input_ids, attention_mask (B*n, Lt), 1 is keep, 0 is padding. n texts per video (the
+        options of a question, the captions of an image) stand one after the other and share the video's one CNN pass.
+        -> all hidden states (B*n, Lt + h*w, d), and the pooled [CLS] vector (B*n, d).
+        """
+        visual = self.visual_embeddings(grid, keep)  # (B, h*w, d)
+        if input_ids.shape[0] % visual.shape[0]:
+            raise ValueError(f"{input_ids.shape[0]} texts do not divide among {visual.shape[0]} videos")
+        visual = visual.repeat_interleave(input_ids.shape[0] // visual.shape[0], dim=0)  # (B*n, h*w, d)
+        text = self.bert.embeddings(input_ids)  # (B*n, Lt, d); every type id is 0, the visual type has a table of its own
+        # Grid cells over the zero border of a padded frame are not masked: the reference attends to them as well.
+        mask = torch.cat([attention_mask.bool(), attention_mask.new_ones(visual.shape[:2]).bool()], dim=1)
+        mask = mask[:, None, None, :]  # (B*n, 1, 1, Lt + h*w): the same for every head and query
+        hidden = self.bert.encoder(torch.cat([text, visual], dim=1), attention_mask=mask).last_hidden_state
+        return hidden, self.bert.pooler(hidden)
+
+
+def bert_config(cfg):
+    return BertConfig(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads, intermediate_size=cfg.intermediate_size, hidden_act="gelu",
+        hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout, initializer_range=cfg.init_std,
+        layer_norm_eps=cfg.layer_norm_eps, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+class ClipBert(VideoTextEncoder):
+    """ClipBERT for a task: [CLS] -> 2-layer MLP -> K scores (paper 3.2, and 4 for each task's K).
+
+    num_outputs: the number of answers (open-ended QA), 1 per option (multiple choice, counting), 2 (retrieval).
+    """
+
+    def __init__(self, cfg, num_outputs):
+        super().__init__(cfg)
+        self.num_outputs = num_outputs
+        self.classifier = nn.Sequential(
+            nn.Linear(cfg.hidden_size, 2 * cfg.hidden_size), nn.ReLU(), nn.Linear(2 * cfg.hidden_size, num_outputs)
+        )
+        self.classifier.apply(self.init_weights)
+        # The first loss should be ln(classes) whatever init_std is: no opinion before the first example.
+        nn.init.normal_(self.classifier[-1].weight, std=0.02)
+
+    def classify(self, grid, input_ids, attention_mask):
+        """grid (B, T, h, w, d), input_ids (B*n, Lt) -> (B*n, num_outputs)."""
+        _, pooled = self.fuse(grid, input_ids, attention_mask)
+        return self.classifier(self.dropout(pooled))
+
+    def forward(self, frames, input_ids, attention_mask):
+        """p_i = H(F_v(c_i), F_l(S)) for one clip of each video (paper eq. 1).
+
+        frames (B, T, 3, L, L) uint8 or float RGB 0..255; input_ids, attention_mask (B*n, Lt) -> (B*n, num_outputs).
+        """
+        return self.classify(self.encode_frames(frames), input_ids, attention_mask)
+
+
+class ClipBertForPreTraining(VideoTextEncoder):
+    """Image-text pretraining (paper 3.3): masked language modelling and image-text matching."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.cls = BertPreTrainingHeads(bert_config(cfg))
+        self.cls.apply(self.init_weights)
+        self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight  # tied, as in BERT
+        self.cls.predictions.decoder.bias = self.cls.predictions.bias
+
+    def forward(self, frames, input_ids, attention_mask, keep=None):
+        """frames (B, T, 3, L, L); input_ids, attention_mask (B*n, Lt); keep: grid tokens to draw (training: 100).
+
+        -> MLM scores (B*n, Lt, vocabulary) and ITM scores (B*n, 2); column 1 means "they belong together".
+        """
+        hidden, pooled = self.fuse(self.encode_frames(frames), input_ids, attention_mask, keep)
+        return self.cls(hidden[:, : input_ids.shape[1]], pooled)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From clips to a video (paper 3.1): p_i, G and the losses
+
+
+def clip_logits(model, frames, input_ids, attention_mask):
+    """p_1 ... p_N of every video.
+
+    frames (B, N, T, 3, L, L); input_ids, attention_mask (B*n, Lt) -> (N, B*n, K). All clips go through the CNN at once,
+    and each clip only once, however many texts there are.
+    """
+    B, N = frames.shape[:2]
+    n, Lt = input_ids.shape[0] // B, input_ids.shape[1]
+    grid = model.encode_frames(frames.flatten(0, 1))  # (B*N, T, h, w, d)
+    ids, mask = (x.view(B, 1, n, Lt).expand(B, N, n, Lt).reshape(-1, Lt) for x in (input_ids, attention_mask))
+    logits = model.classify(grid, ids, mask)  # (B*N*n, K)
+    return logits.view(B, N, n, -1).transpose(0, 1).reshape(N, B * n, -1)
+
+
+def aggregate_clips(logits, how):
+    """G, the one place where clips become a video (paper eq. 2 and table 4).
+
+        mean:  p = 1/N sum_i p_i          max:  p = max_i p_i          lse:  p = log sum_i exp(p_i)
+
+    logits (N, B, K) -> (B, K). With lse, cross_entropy(p, y) is the reference's log-sum-exp over clips and labels minus
+    the one over clips of the true label. how: "mean" | "max" | "lse".
+    """
+    if how == "mean":
+        return logits.mean(0)
+    if how == "max":
+        return logits.amax(0)
+    if how == "lse":
+        return logits.logsumexp(0)  # never exp first: logits of 80 would overflow
+    raise ValueError(f"unknown aggregation {how!r}: choose mean, max or lse")
+
+
+def video_loss(p, target, kind):
+    """NLL(p, q) of the video-level prediction p, by the kind of answer (paper 4).
+
+        choice   p (B*n, 1) scores of n options each, target (B,) index of the right one: cross entropy over the options
+        answer   p (B, K) scores of all answers, target (B,) index: cross entropy
+        count    p (B, 1), target (B,): squared error
+    """
+    if kind == "choice":
+        return F.cross_entropy(p.view(len(target), -1), target)
+    if kind == "answer":
+        return F.cross_entropy(p, target)
+    if kind == "count":
+        return F.mse_loss(p.squeeze(1), target.float())
+    raise ValueError(f"unknown kind of answer {kind!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisation (paper 4.1): AdamW without decay on biases and LayerNorm; linear warm-up, then linear decay
+
+
+def optimizer_groups(model, weight_decay):
+    """Two groups of trainable parameters: decayed, and biases + LayerNorm, which are not."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    skip = [p for name, p in trainable if name.endswith("bias") or "LayerNorm" in name]
+    ids = {id(p) for p in skip}
+    decay = [p for _, p in trainable if id(p) not in ids]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": skip, "weight_decay": 0.0}]
+
+
+def build_optimizer(model, weight_decay=1e-3):
+    """AdamW with the reference's betas and eps. The learning rate is set at every step, by `learning_rate`.
+
+    torch's AdamW adds eps after the bias correction and decays before the update; the reference's does both the other
+    way round. The trajectories differ in the fourth digit of a step.
+    """
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+
+
+def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
+    """Linear from 0 to `peak` over the first warmup_ratio of the steps, then linear to 0 at total_steps.
+
+    step counts from 1 (the first update). Never exactly 0: the reference keeps 1e-8, so that no step is in vain.
+    """
+    warmup = int(warmup_ratio * total_steps)
+    factor = step / warmup if step < warmup else (total_steps - step) / (total_steps - warmup) if step < total_steps else 0
+    return max(peak * factor, 0.0) or 1e-8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights in, checkpoints out
+
+
+class LoadReport(NamedTuple):
+    """What became of every tensor."""
+
+    loaded: list  # names in the model that now hold a value of the file
+    missing: list  # names in the model that the file has no value for: they keep their initial values
+    unexpected: list  # names in the file that the model has no place for
+    unused: list  # names in the file that are known leftovers (detectron2's detection heads)
+    mismatched: list  # "name: shape in the file, shape in the model": not loaded
+
+    def __str__(self):
+        counts = ", ".join(f"{len(value)} {name}" for name, value in self._asdict().items() if value)
+        names = [f"  {k}: {', '.join(v[:6])}{', ...' if len(v) > 6 else ''}"
+                 for k, v in self._asdict().items() if v and k not in ("loaded", "unused")]  # fmt: skip
+        return "\n".join([f"weights: {counts}", *names])
+
+
+def copy_weights(model, tensors, unused=()):
+    """Copy {name: tensor} into the model, checking every shape. -> LoadReport. Raises nothing: what is odd is reported."""
+    own = model.state_dict(keep_vars=True)
+    report = LoadReport([], [], [], list(unused), [])
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if name not in own:
+                report.unexpected.append(name)
+            elif own[name].shape != value.shape:
+                report.mismatched.append(f"{name}: {tuple(value.shape)}, {tuple(own[name].shape)}")
+            else:
+                own[name].copy_(value)
+                report.loaded.append(name)
+    report.missing.extend(name for name in own if name not in tensors)
+    return report
+
+
+def official_name(name):
+    """A key of the official checkpoint -> the name in this model; None for leftovers that its forward never used."""
+    if name.startswith(("cnn.feature.proposal_generator.", "cnn.feature.roi_heads.")):
+        return None  # detectron2's region proposals and detection heads
+    if name == "transformer.bert.visual_embeddings.position_embeddings.weight":
+        return None  # one-dimensional positions that the 2-D ones replaced
+    if name.startswith("cnn.feature.backbone."):
+        name = name.removeprefix("cnn.feature.backbone.").removeprefix("stem.")
+        for stage in (2, 3, 4, 5):
+            name = name.replace(f"res{stage}.", f"layer{stage - 1}.")
+        name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+        for i in (1, 2, 3):
+            name = name.replace(f"conv{i}.norm.", f"bn{i}.")
+        return "cnn.resnet." + name
+    name = name.replace("transformer.bert.visual_embeddings.", "visual_embeddings.")
+    return name.removeprefix("transformer.")  # bert.*, classifier.*, cls.*; cnn.grid_encoder.* keeps its name
+
+
+def load_official_checkpoint(model, checkpoint):
+    """Copy the official checkpoint (a flat state dict of 495 keys, or its path) into a model. -> LoadReport.
+
+    Build the model with `ClipBertConfig.official()`: these weights expect BGR pixels and caffe strides.
+    """
+    tensors = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
+    backbone = any(name.startswith("cnn.feature.backbone.") for name in tensors)
+    if backbone and not (model.cfg.caffe_strides and model.cfg.bgr):
+        warnings.warn("official weights in a model that was not built with ClipBertConfig.official()", stacklevel=2)
+    names = {name: official_name(name) for name in tensors}
+    return copy_weights(
+        model,
+        {new: tensors[name] for name, new in names.items() if new is not None},
+        unused=[name for name, new in names.items() if new is None],
+    )
+
+
+def load_any_checkpoint(model, state):
+    """Copy a loaded checkpoint, ours (whatever its task) or the official one. -> LoadReport."""
+    return copy_weights(model, state["model"]) if "config" in state else load_official_checkpoint(model, state)
+
+
+def load_pretrained(model, resnet=None, bert=None):
+    """Start `base()` from ImageNet ResNet-50 and bert-base-uncased, as the paper does before its own pretraining.
+
+    resnet: torchvision's state-dict file; bert: a folder with config.json and weights; None: the hub's. -> LoadReport.
+    """
+    try:
+        if resnet:
+            cnn = load_checkpoint(resnet)
+        else:
+            cnn = torchvision.models.get_model("resnet50", weights="IMAGENET1K_V1").state_dict()
+        language = BertModel.from_pretrained(bert or "bert-base-uncased", add_pooling_layer=True).state_dict()
+    except Exception as error:  # the hub raises a dozen kinds of network errors; the remedy is one and the same
+        raise ValueError(
+            f"no starting weights ({type(error).__name__}: {str(error).splitlines()[0][:120]}). Choose: "
+            "--resnet FILE (torchvision's resnet50-*.pth) and --bert DIR (a bert-base-uncased folder) where there is "
+            "no network; --init CKPT (a ClipBERT checkpoint); --scratch (random weights); --model tiny"
+        ) from error
+    cnn = {f"cnn.resnet.{k}": v for k, v in cnn.items() if not k.startswith("fc.") and "num_batches" not in k}
+    return copy_weights(model, cnn | {f"bert.{k}": v for k, v in language.items()})
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint whole or not at all: to a temporary file, to the disk, then renamed over the old one."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """Read tensors and plain values only (weights_only): a stranger's file can't run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        what = f"not a whole checkpoint of tensors and plain values ({type(error).__name__})"
+        raise ValueError(f"{path}: {what}") from None
+
+
+def config_from(state):
+    """The ClipBertConfig that a checkpoint of ours was made with."""
+    return replace(ClipBertConfig(), **{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+
+
+def config_dict(cfg):
+    """Plain values for a checkpoint or config.json."""
+    return asdict(cfg)

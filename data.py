@@ -1,0 +1,1179 @@
+"""Videos and images to clips, text to tokens, public annotation files to examples, and the toy data.
+
+Four parts, in the order in which data flows:
+
+    annotation files  ->  Example(video, text, options, answer)          `read_tgif_qa` and its like
+    videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips`  (paper 3.1)
+    text              ->  WordPiece ids, (n, Lt)                         `build_tokenizer`
+    examples          ->  batches                                        `ClipDataset`, `Collator`
+    and, where nothing has been downloaded: the toy data                 `toy_data`
+
+    python data.py toy DIR          write the toy data to DIR
+
+A frame index is a point on a regular grid: frame i is what the file shows at i / fps seconds. For a constant-rate
+video that is simply its i-th frame, and variable rates need no special care.
+"""
+
+import argparse
+import csv
+import functools
+import io
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from transformers import BertTokenizer
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's workers are parallel enough
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TOY_VERSION = 1  # of the toy data: a new number rewrites it
+
+
+class DataError(ValueError):
+    """Bad input: one line that names the file and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Annotation files to examples: one reader per data set, all on the same few helpers. A malformed row ends in one
+# DataError, `file:line: what`, never in a guessed label. What a reader leaves out it counts on stderr.
+
+OPTIONS = 5  # TGIF-QA action and transition, MSRVTT-MC: all five-way
+MAX_TEXT = 20_000  # characters; far above any real field, far below what hurts
+VIDEOS = tuple(".gif .mp4 .webm .mkv .avi .mov .m4v .3gp .3g2 .mpg .mpeg .wmv .flv .mts".split())
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",  # where data sets keep media
+          "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")
+
+
+class Example(NamedTuple):
+    """One row of an annotation file: a video (or image), its text, the answer."""
+    id: str  # unique within its split
+    video: str  # name as the annotation gives it, resolved later by find_media()
+    text: str  # question or caption; "" in MSRVTT-MC, where the options are the captions
+    options: tuple = ()  # answer options of multiple choice
+    answer: object = None  # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
+    kind: str = ""  # FrameQA/VQA question type, for per-type accuracies
+    people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
+
+
+
+# -------------------------------------------------- files to rows
+class Row:
+    """One row of a file that knows its place (a line, or an index in a JSON list), so that complaints can name it."""
+
+    def __init__(self, path, place, values):
+        self.path, self.place, self.values = path, place, values
+        if not isinstance(values, dict):
+            self.fail(f"expected {{key: value}}, found {type(values).__name__}")
+
+    def fail(self, what):
+        raise DataError(f"{self.path}:{self.place}: {what}")
+
+    def get(self, *names, default=None, kind=object):
+        """The first of these columns that is there: layouts differ in what they call the same thing."""
+        value = next((self.values[name] for name in names if self.values.get(name) is not None), default)
+        if value is None:
+            self.fail(f"{' or '.join(names)} is missing")
+        return value if isinstance(value, kind) else self.fail(f"{names[0]} cannot be {type(value).__name__}")
+
+    def clean(self, value, name, blank=False):
+        """`value` on one line, where it is text."""
+        if not isinstance(value, str):
+            self.fail(f"{name} should be text, is {type(value).__name__}")
+        if len(value) > MAX_TEXT:
+            self.fail(f"{name} has {len(value):,} characters, more than {MAX_TEXT:,}")
+        if re.search("[\0\ud800-\udfff]", value):  # JSON escapes can spell NUL and half a surrogate pair
+            self.fail(f"{name} holds characters that are not text")
+        return " ".join(value.split()) or ("" if blank else self.fail(f"{name} is blank"))
+
+    def text(self, *names, default=None):
+        """Text; with a default it may be absent or blank."""
+        return self.clean(self.get(*names, default=default), names[0], default is not None) or default
+
+    def name(self, *names, default=None):
+        """An id or a file name: text or a whole number."""
+        value = self.get(*names, default=default)
+        return str(value) if type(value) is int else self.clean(value, names[0])
+
+    def whole(self, *names, below):
+        """A whole number in [0, below). int() would also take True, 3.7, '1_0': labels must be exact."""
+        value = self.get(*names)
+        number = int(value) if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value) else value
+        if type(number) is not int or not 0 <= number < below:
+            shown = repr(value)[:40] if isinstance(value, (str, int, float)) else type(value).__name__
+            self.fail(f"{names[0]} should be a whole number from 0 to {below - 1}, is {shown}")
+        return number
+
+    def options(self):
+        """The five options: columns a1..a5 (TGIF-QA), or a list (the reference; `caption` in later MSRVTT-MC files)."""
+        if "a1" in self.values:
+            options = [self.get(f"a{i}") for i in range(1, OPTIONS + 1)]
+        else:
+            options = self.get("options", "caption", kind=list)
+        if len(options) != OPTIONS:
+            self.fail(f"expected {OPTIONS} options, found {len(options)}")
+        return tuple(self.clean(option, f"option {i}") for i, option in enumerate(options, 1))
+
+
+def read_text(path):
+    """The file as text: UTF-8, with or without BOM."""
+    try:
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if (nul := data.find(b"\0")) >= 0:
+            raise UnicodeDecodeError("utf-8", data, nul, nul + 1, "")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8 text; save the file as UTF-8") from None
+
+
+def parse_json(text, path, line=1):
+    def unique(pairs):  # json would quietly keep the last of two values
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice in one object, which begins {next(iter(found))[:40]!r}")
+        return found
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{line + error.lineno - 1}: not JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, lists nested thousands deep
+        raise DataError(f"{path}:{line}: {str(error)[:120]}") from None
+
+
+def read_json(path):
+    """A JSON file whose top level is an object."""
+    return Row(path, 1, parse_json(read_text(path), path))
+
+
+def list_rows(path, values, label=""):
+    if not isinstance(values, list):
+        raise DataError(f"{path}:1: expected a list, found {type(values).__name__}")
+    return (Row(path, f"{label}[{i}]", value) for i, value in enumerate(values))
+
+
+def read_table(path, *columns):
+    """Rows of a TAB- or comma-separated file with a header; CRLF and LF may mix, as they do in TGIF-QA."""
+    text = read_text(path).rstrip("\r\n")
+    style = {"delimiter": ","}
+    if "\t" in text.partition("\n")[0]:  # a quote is plain text here, not the start of a field that eats the next rows
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **style)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        missing = [name for name in columns if name not in header]
+        if missing or len(set(header)) < len(header):
+            what = f"no column {', '.join(missing)}" if missing else "two columns of one name"
+            raise csv.Error(f"{what}; the header reads {' '.join(header)[:200]!r}")
+        for fields in reader:
+            if len(fields) != len(header):
+                raise csv.Error(f"{len(fields)} columns where the header has {len(header)}")
+            if re.search("[\r\n]", "".join(fields)):
+                raise csv.Error("a quoted field runs over the end of its line")
+            yield Row(path, reader.line_num, dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}:{max(reader.line_num, 1)}: {error}") from None
+
+
+def read_rows(path, *columns):
+    """Rows of a .csv or .tsv, a .jsonl, or a .json that is one list."""
+    if path.suffix in (".csv", ".tsv"):
+        return read_table(path, *columns)
+    if path.suffix == ".json":
+        return list_rows(path, parse_json(read_text(path), path))
+    lines = read_text(path).rstrip().split("\n")  # splitlines() would also cut at U+2028 inside a caption
+    return (Row(path, i, parse_json(line, path, i)) for i, line in enumerate(lines, 1))
+
+
+def find_file(folder, *patterns, required=True):
+    """The file that fits the first pattern that fits any; without its stars a pattern is the public name."""
+    for pattern in (form for given in patterns for form in (given.replace("*", ""), given)):
+        found = sorted(path for path in Path(folder).glob(pattern) if path.is_file() and path.name[0] != ".")
+        if len(found) > 1:
+            raise DataError(f"{folder}: {' and '.join(p.name for p in found[:4])} all fit {pattern}; keep one there")
+        if found:
+            return found[0]
+    if required:
+        raise DataError(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
+
+
+def collect(source, pairs, one_per_video=False):
+    """(row, example) pairs to a list of at least one example; ids (and videos, if so) must not repeat."""
+    examples, ids, videos = [], set(), set()
+    for row, example in pairs:
+        if example.id in ids:
+            row.fail(f"id {example.id[:80]!r} is there twice")
+        if one_per_video and example.video in videos:
+            row.fail(f"a second caption of {example.video[:80]!r}, where this split has one per video")
+        ids.add(example.id)
+        videos.add(example.video)
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{source}: no examples in it")
+    return examples
+
+
+def by_name(rows, key):
+    """{row's name: row}, each name once."""
+    found = {}
+    for row in rows:
+        if found.setdefault(name := row.name(key), row) is not row:
+            row.fail(f"{key} {name[:80]!r} is there twice")
+    return found
+
+
+
+# -------------------------------------------------- question answering
+def read_tgif_qa(folder, kind, split):
+    """kind: action | transition | frameqa | count; split: train | test."""
+    path = find_file(folder, f"{split.title()}_{kind}_question*.csv",
+                     f"*{kind}*{split}*.jsonl", f"*{split}*{kind}*.jsonl", f"{kind}/*{split}*.jsonl")
+    return collect(path, ((row, tgif_example(row, kind)) for row in read_rows(path, "gif_name", "question", "answer")))
+
+
+def tgif_example(row, kind):
+    example = Example(row.name("vid_id", default=row.place), row.name("gif_name"), row.text("question"))
+    if kind in ("action", "transition"):
+        return example._replace(options=row.options(), answer=row.whole("answer", below=OPTIONS))
+    if kind == "count":
+        return example._replace(answer=row.whole("answer", below=1000))
+    kind = row.name("type", "answer_type")
+    if kind.isdigit():
+        kind = ("object", "number", "color", "location")[row.whole("type", "answer_type", below=4)]
+    return example._replace(answer=row.text("answer"), kind=kind)
+
+
+def read_msrvtt_qa(folder, split):
+    """{split}_qa.json as published (video_id is a number), or jsonl. kind: what | who | how | when | where."""
+    path, pairs = find_file(folder, f"{split}_qa*.json", f"*qa*{split}*.jsonl", f"*{split}*.jsonl"), []
+    for row in read_rows(path):
+        video, question = row.name("video_id", "clip_name"), row.text("question")
+        pairs.append((row, Example(row.name("id", default=row.place), f"video{video}" if video.isdigit() else video,
+                                   question, answer=row.text("answer"),
+                                   kind=row.text("answer_type", default=question.split()[0].lower()))))
+    return collect(path, pairs)
+
+
+def read_msrvtt_mc(folder, split="test"):
+    """Which of five captions belongs to the video? A retrieval model scores them, so there is no question."""
+    path = find_file(folder, f"*mc*{split}*.jsonl", f"*mc*{split}*.json", f"*{split}*.jsonl")
+    return collect(path, ((row, Example(row.name("id", default=row.place), row.name("clip_name", "video_id", "video"),
+                                        "", row.options(), row.whole("answer", below=OPTIONS)))
+                          for row in read_rows(path)))
+
+
+def read_vqa(folder, split):
+    """Official questions + annotations, or jsonl with `labels`. The official test answers are secret: test is val."""
+    splits = ("test", "val") if split == "test" else (split,)
+    answers_path = find_file(folder, *(pattern for split in splits for pattern in (
+        f"*{split}*annotations*.json", f"*annotations*{split}*.json", f"*{split}*.jsonl")))
+    if answers_path.suffix == ".jsonl":
+        return collect(answers_path, ((row, vqa_labelled(row)) for row in read_rows(answers_path)))
+    split = next(split for split in splits if split in answers_path.name)
+    path = find_file(folder, f"*{split}*questions*.json", f"*questions*{split}*.json")
+    questions = by_name(list_rows(path, read_json(path).get("questions"), "questions"), "question_id")
+    answers = read_json(answers_path).get("annotations")
+    answers = by_name(list_rows(answers_path, answers, "annotations"), "question_id")
+    for name in questions.keys() ^ answers.keys():
+        (questions.get(name) or answers[name]).fail(f"question_id {name[:80]} has no match in the other file")
+    return collect(path, ((row, vqa_example(row, answers[name])) for name, row in questions.items()))
+
+
+def vqa_example(row, given):
+    """Label: the soft score min(count / 3, 1) of each answer among the ten people's, spelt as the evaluation does."""
+    image = row.name("image_id")
+    if given.name("image_id", default=image) != image:
+        given.fail(f"image_id {given.name('image_id')[:80]} where the question has {image[:80]}")
+    said = list_rows(given.path, given.get("answers", kind=list), f"{given.place}.answers")
+    said = [sys.intern(answer.clean(answer.get("answer"), "answer", blank=True)) for answer in said]  # mostly "yes"
+    if len(said) != 10:
+        given.fail(f"expected the answers of ten people, found {len(said)}")
+    scores = {answer: min(n / 3, 1) for answer, n in Counter(map(normalize_answer, said)).items() if answer}
+    return Example(row.name("question_id"), coco_name(image), row.text("question"), answer=scores,
+                   kind=given.text("answer_type", default=""), people=tuple(said))
+
+
+def vqa_labelled(row):
+    """A jsonl row that brings its soft scores: {question, question_id, image_id, labels, answer_type}."""
+    labels = row.get("labels", kind=dict)
+    if not all(type(score) in (int, float) and 0 <= score <= 1 for score in labels.values()):
+        row.fail("labels should be {answer: score from 0 to 1}")
+    return Example(row.name("question_id", default=row.place), coco_name(row.name("image_id")), row.text("question"),
+                   answer={row.clean(answer, "an answer"): score for answer, score in labels.items()},
+                   kind=row.text("answer_type", default=""))
+
+
+NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS["none"] = "0"
+CONTRACTIONS = {word.replace("'", ""): word for word in (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't "
+    "needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll "
+    "somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd "
+    "there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll "
+    "what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's "
+    "won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've").split()}
+
+
+@functools.lru_cache(maxsize=100_000)
+def normalize_answer(answer):
+    """The official spelling: lower case, no punctuation or articles, digits for numbers, apostrophes restored.
+
+    A mark that touches a blank is dropped (as all are beside a number like 1,000); elsewhere it becomes a blank.
+    """
+    text = answer
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        drop = f"{mark} " in answer or f" {mark}" in answer or re.search(r"\d,\d", answer)
+        text = text.replace(mark, "" if drop else " ")
+    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).lower().split()]
+    return " ".join(CONTRACTIONS.get(word.replace("'", ""), word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(prediction, example):
+    """Official: the mean over the ten people of min(1, how many of the other nine said the same / 3).
+
+    Hence `people`: the soft score does not tell three from four (.9 and 1). Where all ten agree, spelling counts.
+    """
+    people = example.people
+    if not people:  # labels from a jsonl are accuracies already
+        return float(example.answer.get(prediction, 0))
+    if len(set(people)) > 1:
+        prediction, people = normalize_answer(prediction), [normalize_answer(answer) for answer in people]
+    count = people.count(prediction)
+    return sum(min(1, (count - (answer == prediction)) / 3) for answer in people) / len(people)
+
+
+def answer_list(examples, size):
+    """The `size` most frequent answers (ties alphabetical) of the TRAINING examples; place in the list = label."""
+    counts = Counter()
+    for example in examples:
+        scores = example.answer if isinstance(example.answer, dict) else {example.answer: 1}
+        counts.update({answer: round(3 * score) for answer, score in scores.items()})  # whole numbers: exact ties
+    return sorted(counts, key=lambda answer: (-counts[answer], answer))[:size]
+
+
+def read_answer_list(folder):
+    """The answers of ans2label.json ({answer: label}, as the official checkpoints have it) by label, or None."""
+    path = find_file(folder, "*ans2label*.json", required=False)
+    labels = read_json(path).values if path else {}
+    if path and (not labels or {(type(i), i) for i in labels.values()} != {(int, i) for i in range(len(labels))}):
+        raise DataError(f"{path}:1: the labels of its {len(labels):,} answers should count up from 0, each used once")
+    return sorted(labels, key=labels.get) or None
+
+
+
+# -------------------------------------------------- retrieval and captions
+def read_pairs(path, one_per_video=True):
+    """The reference's retrieval jsonl: {caption, clip_name}."""
+    return collect(path, ((row, Example(row.name("id", default=row.place), row.name("clip_name"), row.text("caption")))
+                          for row in read_rows(path)), one_per_video)
+
+
+def msrvtt_sentences(path):
+    """(row, example, official split of its video) for every sentence of an MSRVTT json."""
+    data = read_json(path)
+    videos = by_name(list_rows(path, data.get("videos"), "videos"), "video_id")
+    for row in list_rows(path, data.get("sentences"), "sentences"):
+        if (video := row.name("video_id")) not in videos:
+            row.fail(f"a caption of {video[:80]!r}, which is not among the videos")
+        yield row, Example(row.name("sen_id"), video, row.text("caption", default="")), videos[video].text("split")
+
+
+def read_msrvtt_retrieval(folder, split, train_list="9k"):
+    """1k-A: train on the 9k (or 7k) listed videos, 20 captions each; test on 1,000 videos with ONE caption each.
+
+    The json's own `test` split (2,990 videos, 20 captions each) is another protocol: its R@1 does not compare.
+    """
+    public = "MSRVTT_JSFUSION_test*.csv" if split == "test" else f"MSRVTT_{split}.{train_list}*.csv"
+    listing = find_file(folder, public, f"*ret*{split}*.jsonl", f"*{split}*.jsonl")
+    if listing.suffix == ".jsonl":
+        return read_pairs(listing, one_per_video=split == "test")
+    if split == "test":
+        rows = read_table(listing, "key", "video_id", "sentence")
+        return collect(listing, ((row, Example(row.name("key"), row.name("video_id"), row.text("sentence")))
+                                 for row in rows), one_per_video=True)
+    listed = by_name(read_table(listing, "video_id"), "video_id")
+    parts = ("train_val", "test") if train_list == "9k" else ("train_val",)  # 9k draws on the official test part too
+    paths = [find_file(folder, "MSRVTT_data*.json", required=False)]
+    paths = paths if paths[0] else [find_file(folder, f"{part}_videodatainfo*.json") for part in parts]
+    pairs = [(row, example) for path in paths for row, example, _ in msrvtt_sentences(path) if example.video in listed]
+    if missing := sorted(listed.keys() - {example.video for _, example in pairs}):
+        print(f"note: {listing}: {len(missing):,} of its {len(listed):,} videos have no caption in the json "
+              f"({', '.join(missing[:3])} …)", file=sys.stderr)
+    return collect(listing, with_text(pairs))
+
+
+def with_text(pairs):
+    """The pairs that have a caption: the large sets hold a few blank ones, which teach nothing."""
+    if blank := [row for row, example in pairs if not example.text]:
+        print(f"note: left out {len(blank):,} of {len(pairs):,} rows, which have no caption; the first is "
+              f"{blank[0].path}:{blank[0].place}", file=sys.stderr)
+    return [pair for pair in pairs if pair[1].text]
+
+
+def paragraphs(path, sentences):
+    """(row, video, sentence) triples to one example per video, sentences joined in the order of the file."""
+    joined = {}
+    for row, video, sentence in sentences:
+        joined.setdefault(video, (row, []))[1].append(sentence)
+    return collect(path, ((row, Example(video, video, row.clean(" ".join(said), "the paragraph")))
+                          for video, (row, said) in joined.items()))
+
+
+def read_didemo(folder, split):
+    """{split}_data.json, a row for each described moment; or jsonl of paragraphs."""
+    path = find_file(folder, f"{split}_data*.json", f"*{split}*.jsonl")
+    if path.suffix == ".jsonl":
+        return read_pairs(path)
+    rows = by_name(read_rows(path), "annotation_id").values()  # a repeated row would repeat its sentence
+    return paragraphs(path, ((row, row.name("video"), row.text("description", default="")) for row in rows))
+
+
+def read_activitynet(folder, split):
+    """{train,val_1}.json, a table of sentences, or jsonl. The test captions are not public: test is val_1."""
+    names = ["train"] if split == "train" else ["val_1", "val1", "test", "val"]
+    path = find_file(folder, f"{names[0]}.*json", f"{names[0]}*.csv", *(f"*{name}*.jsonl" for name in names))
+    if path.suffix == ".jsonl":
+        return read_pairs(path)
+    if path.suffix == ".csv":
+        rows = read_table(path, "video_id", "caption")
+        return paragraphs(path, ((row, row.name("video_id"), row.text("caption", default="")) for row in rows))
+    rows = [(Row(path, repr(video[:80]), value), video) for video, value in read_json(path).values.items()]
+    return paragraphs(path, ((row, row.clean(video, "the video"), row.clean(sentence, "a sentence", blank=True))
+                             for row, video in rows for sentence in row.get("sentences", kind=list)))
+
+
+def caption_files(folder, split):
+    """All public caption files of the split; where there are none, any table or jsonl that names no other split."""
+    patterns = [f"*captions_{split}*.json", f"*caption_{split}*.json", "MSRVTT_data*.json",
+                f"*{split}*videodatainfo*.json"]
+    patterns += ["captions.json", "*region_descriptions*.json"] * (split == "train")
+    files = [path for path in sorted(Path(folder).glob("*")) if path.name[0] != "."]
+    tables = [path for path in files if path.suffix in (".jsonl", ".csv", ".tsv")]
+    tables = [path for path in tables if split in (re.findall("train|val|test", path.stem.lower()) or ["train"])]
+    found = [path for path in files if any(path.match(pattern) for pattern in patterns)] or tables
+    if not found:
+        raise DataError(f"{folder}: no {split} captions; looked for {', '.join(patterns)}, any .jsonl, .csv, .tsv")
+    return found
+
+
+def read_captions(folder, split="train"):
+    """Captioned images or videos for pretraining, from every caption file there. Blank captions are left out."""
+    pairs = [(row, example._replace(id=f"{path.stem}/{example.id}"))  # ids repeat from one data set to the next
+             for path in caption_files(folder, split) for row, example in caption_pairs(path, split)]
+    return collect(folder, with_text(pairs))
+
+
+def caption_pairs(path, split):
+    """(row, example) of one caption file, whose keys give its layout away."""
+    if path.suffix != ".json":
+        return own_pairs(read_rows(path, "caption"))
+    data = parse_json(read_text(path), path)
+    if isinstance(data, list):
+        rows = list(list_rows(path, data))
+        return vg_pairs(rows) if rows and "regions" in rows[0].values else own_pairs(rows)
+    if "sentences" in Row(path, 1, data).values:
+        return [(row, example) for row, example, part in msrvtt_sentences(path) if part in (split, f"{split}idate")]
+    return coco_pairs(path, Row(path, 1, data))
+
+
+def coco_pairs(path, data):
+    images = by_name(list_rows(path, data.get("images"), "images"), "id")
+    for row in list_rows(path, data.get("annotations"), "annotations"):
+        if (image := row.name("image_id")) not in images:
+            row.fail(f"a caption of image {image[:80]}, which is not among the images")
+        yield row, Example(row.name("id"), images[image].name("file_name"), row.text("caption", default=""))
+
+
+def vg_pairs(rows):
+    for image in rows:
+        for row in list_rows(image.path, image.get("regions", kind=list), f"{image.place}.regions"):
+            name = row.name("image_id", default=None if "image_id" in row.values else image.name("id", "image_id"))
+            yield row, Example(row.name("region_id"), f"{name}.jpg", row.text("phrase", default=""))
+
+
+def own_pairs(rows):
+    """Rows of path and caption (or a list of captions), or the reference's {caption, coco_id | vg_id}."""
+    for row in rows:
+        video = row.name("path", "video", "image", "clip_name", "video_id", "coco_id", "vg_id")
+        if "coco_id" in row.values or "vg_id" in row.values:
+            video = coco_name(video) if "coco_id" in row.values else f"{video.removesuffix('.jpg')}.jpg"
+        captions = row.get("caption", default="", kind=(str, list))
+        for i, caption in enumerate([captions] if isinstance(captions, str) else captions):
+            yield row, Example(f"{row.place}/{i}", video, row.clean(caption, "caption", blank=True))
+
+
+
+# -------------------------------------------------- names to files
+def coco_name(image):
+    """458752 -> 000000458752, the name of the photo up to its prefix COCO_train2014_."""
+    return image.zfill(12) if image.isdigit() else image
+
+
+@functools.lru_cache(maxsize=64)  # each directory is listed once: 165,000 names cost a dict look-up each
+def media_index(folder, parent, suffixes):
+    """{name, stem or COCO number: path} of the media in `parent` below the usual places of `folder`; the first wins."""
+    index = {}
+    for place in (os.path.join(folder, place, parent) for place in PLACES):
+        entries = os.scandir(place) if os.path.isdir(place) else ()
+        found = [(*os.path.splitext(entry.name), entry) for entry in entries if entry.is_file()]
+        found = [(suffixes.index(end.lower()), stem, entry) for stem, end, entry in found if end.lower() in suffixes]
+        for _, stem, entry in sorted(found, key=lambda item: item[:2]):
+            for key in (entry.name, stem, re.sub(r"^COCO_\w+_(?=\d{12}$)", "", stem)):
+                index.setdefault(key, entry.path)
+    return index
+
+
+def find_media(folder, name, suffixes=VIDEOS + IMAGES):
+    """The file that an annotation means by `name`, or None. Its suffix may be absent or, re-encoded, another one.
+
+    Names come from strangers' files: one that leads out of the folder (.., absolute, a drive, a link) is an error.
+    """
+    if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts or "\0" in name:  # knows both / and \
+        raise DataError(f"{name[:200]!r}: a media name must stay inside the data folder {folder}")
+    parent, base = os.path.split(name)
+    stem, end = os.path.splitext(base)
+    family = next((family for family in (IMAGES, VIDEOS) if end.lower() in family), None)
+    if family:  # 4.jpg may be 4.png, but never 4.mp4
+        suffixes = tuple(suffix for suffix in suffixes if suffix in family)
+    names = (base, stem if family else base, re.sub(r"^COCO_\w+_(?=\d{12}$)", "", stem))  # 2017 dropped COCO_..._
+    index = media_index(os.path.abspath(folder), parent, suffixes)
+    path = next((index[key] for key in names if key in index), None)
+    if path and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise DataError(f"{path}: a link out of the data folder; copy the file, or give its real folder")
+    return path and Path(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Videos to clips (paper 3.1, sparse sampling): Pillow reads images and GIFs, the bundled ffmpeg everything else
+
+TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
+MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
+LONG_VIDEO = 20.0  # seconds; below this, decoding everything once is cheaper than opening and seeking several times
+MERGE_GAP = 2.0  # seconds; wanted frames closer than this share one seek
+SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, which with B-frames is a few frames ahead of what is shown
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+# Only containers that hold their own pixels: playlists, concat scripts and image patterns could open other files.
+VIDEO_FORMATS = ("asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,"
+                 "rm,wav,yuv4mpegpipe")  # fmt: skip
+SEEKABLE = ("mov", "matroska")  # these carry an index; a seek in e.g. MPEG-TS may land after the frame we want
+TIMED = (*SEEKABLE, "avi")  # headers that tell the duration; elsewhere ffmpeg would guess it from the bit rate
+
+
+class Media(NamedTuple):
+    """What a file's header says."""
+
+    num_frames: int  # at the nominal rate: round(duration * fps), at least 1
+    fps: float  # nominal (average) rate; 1.0 for still images
+    width: int  # as displayed, rotation applied
+    height: int
+    start: float = 0.0  # seconds between the start of the file (perhaps its sound) and the first frame
+    reader: str = "pillow"  # "pillow", "ffmpeg", or "ffmpeg-seek" for a container in which seeking is exact
+
+
+# -------------------------------------------------- which frames
+
+
+def sample_clips(
+    num_frames: int, fps: float, n_clips: int, n_frames: int, target_fps: float, train: bool,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Sparse sampling: choose n_clips short clips of n_frames frames; returns int64 (n_clips, n_frames) frame indices.
+
+    A clip spans n_frames / target_fps seconds and its frames include both of its ends: at 30 fps, two frames "at 2 fps"
+    are 29 frames apart. Training places every clip at random; testing places them at equal distances from the start.
+    - one test clip sits in the middle, as in the paper; the reference code takes the start of the video.
+    - a clip longer than the video repeats the last frame (as the reference does).
+    """
+    clip = n_frames / target_fps * fps  # frames that a clip spans
+    delta = max(num_frames - clip, 0.0)  # free range of a clip's start
+    if train:
+        starts = (delta * torch.rand(n_clips, generator=generator, dtype=torch.float64)).tolist()
+    elif n_clips == 1:
+        starts = [delta / 2]
+    else:
+        starts = [delta * i / n_clips for i in range(n_clips)]
+    span = max(clip - 1, 0.0)  # from the first to the last frame of a clip
+    offsets = [int(span * t / max(n_frames - 1, 1)) for t in range(n_frames)]
+    return torch.tensor([[min(math.ceil(s) + o, num_frames - 1) for o in offsets] for s in starts])
+
+
+# -------------------------------------------------- which pixels
+
+
+def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
+    """(h, w) with the long side equal to `size`; the short side is truncated, never below one pixel."""
+    long = max(height, width)
+    return max(int(height * size / long), 1), max(int(width * size / long), 1)
+
+
+def resize_and_pad(frames: Tensor, size: int) -> Tensor:
+    """(..., 3, H, W) -> (..., 3, size, size): long side to `size` (small frames grow too), zeros right and bottom.
+
+    Float in, float out: the reference's numbers (bilinear, no antialiasing). uint8 in, uint8 out: the same, rounded.
+    """
+    *lead, C, H, W = frames.shape  # any leading axes, channels, height, width
+    h, w = resized_shape(H, W, size)
+    pixels = frames.reshape(-1, C, H, W)
+    if (h, w) != (H, W):
+        real = pixels if frames.is_floating_point() else pixels.float()
+        real = F.interpolate(real, size=(h, w), mode="bilinear", align_corners=False)
+        pixels = real if frames.is_floating_point() else real.round().to(frames.dtype)
+    return F.pad(pixels, (0, size - w, 0, size - h)).reshape(*lead, C, size, size)
+
+
+def _tolerance(fps: float) -> float:
+    """Seconds by which a frame may begin late and still count: containers round times to milliseconds."""
+    return min(0.002, 0.25 / fps)
+
+
+def _check_dimensions(path: str, width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise DataError(f"{path}: {width}x{height} pixels are too many; scale it down or remove it")
+
+
+# -------------------------------------------------- images and animations: Pillow
+
+
+def _image_frames(image: Image.Image, path: str) -> Iterator[tuple[float, Image.Image]]:
+    """Yield (seconds at which the frame disappears, the image positioned at the frame), from the first frame on."""
+    end, count, deadline = 0, 0, time.monotonic() + TIME_LIMIT
+    while count == 0 or image.format in ("GIF", "PNG", "WEBP"):  # a second picture inside a JPEG is no animation
+        if time.monotonic() > deadline:
+            raise DataError(f"{path}: decoding takes over {TIME_LIMIT:.0f} s; shorten or remove it")
+        try:
+            image.seek(count)
+            image.load()
+        except Exception:  # the end, or damage, for which Pillow raises almost anything: keep what decoded so far
+            if count == 0:
+                raise
+            return
+        end += image.info.get("duration") or 100  # milliseconds; browsers, too, read a delay of 0 as 100
+        yield end / 1000, image
+        count += 1
+
+
+def _probe_image(image: Image.Image, path: str) -> Media:
+    width, height = image.size
+    _check_dimensions(path, width, height)
+    ends = [end for end, _ in _image_frames(image, path)]  # decodes all: delays are only known frame by frame
+    if len(ends) > 1:
+        return Media(len(ends), len(ends) / ends[-1], width, height)
+    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+    return Media(1, 1.0, *((height, width) if turned else (width, height)))
+
+
+def _to_rgb(image: Image.Image) -> Tensor:
+    """uint8 (3, H, W). Transparent areas become white: what most viewers, and ffmpeg for GIFs, show."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _read_image(path: str, media: Media, wanted: list[int], size: int) -> Tensor:
+    """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
+    frames: list[Tensor] = []
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        for end, frame in _image_frames(image, path):
+            if media.num_frames == 1:
+                frame = ImageOps.exif_transpose(frame)  # photos only: it would copy every frame of a GIF
+            while len(frames) < len(wanted) and wanted[len(frames)] / media.fps + _tolerance(media.fps) < end:
+                frames.append(resize_and_pad(_to_rgb(frame), size))
+            if len(frames) == len(wanted):
+                break  # a GIF must be decoded from its start, but not to its end
+    return torch.stack(frames)
+
+
+# -------------------------------------------------- videos: ffmpeg
+
+
+def _ffmpeg(path: str, arguments: list[str]) -> tuple[bytes, str]:
+    """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        timer = threading.Timer(TIME_LIMIT, process.kill)  # Popen.wait(timeout) would poll, up to 50 ms late
+        timer.start()
+        try:
+            output, log = process.communicate()
+        finally:
+            timer.cancel()
+            process.kill()  # after a normal end this does nothing
+    if process.returncode < 0:
+        raise DataError(f"{path}: ffmpeg was killed (over {TIME_LIMIT:.0f} s or out of memory); shorten or remove it")
+    return output, log.decode("utf-8", "replace")  # titles in old files are often not UTF-8
+
+
+def _input(path: str, *options: str) -> list[str]:
+    # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an address.
+    return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels", str(MAX_PIXELS),
+            "-threads", "1", *options, "-i", "file:" + path]  # fmt: skip
+
+
+def _find(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text, re.MULTILINE)
+    return match and match[1]
+
+
+def _probe_video(path: str) -> Media:
+    """Parse the header as ffmpeg prints it (no ffprobe is bundled); about 25 ms."""
+    _, log = _ffmpeg(path, _input(path))
+    if "\nInput #0" not in "\n" + log:
+        reason = (log.strip().splitlines() or ["no reason given"])[-1]
+        raise DataError(f"{path}: not a readable image or video ({reason}); replace or remove it")
+    blocks = re.split(r"^(?=  Stream #)", log, flags=re.MULTILINE)  # a stream's line with the details below it
+    videos = [b for b in blocks if re.match(r"  Stream #0:.*?: Video: ", b) and "(attached pic)" not in b]
+    line = videos[0].splitlines()[0] if videos else ""  # the first one, as the reference; cover art is no video
+    pixels = re.search(r", (\d+)x(\d+)", line)
+    if not pixels:
+        raise DataError(f"{path}: no readable video stream inside; replace or remove it")
+    width, height = int(pixels[1]), int(pixels[2])
+    _check_dimensions(path, width, height)
+    if round(float(_find(r"Display Matrix: rotation of (-?[\d.]+)", videos[0]) or 0)) % 180 == 90:
+        width, height = height, width  # ffmpeg itself turns the frames when decoding
+    file_start = float(_find(r"^  Duration: .*start: (-?[\d.]+)", log) or 0)
+    start = max(float(_find(r", start (-?[\d.]+)", line) or 0) - file_start, 0.0)
+    clock = _find(r"^  Duration: (\d+:\d+:[\d.]+)", log)
+    duration = sum(float(x) * unit for x, unit in zip(clock.split(":"), (3600, 60, 1), strict=True)) if clock else 0.0
+    fps = float(_find(r", ([\d.]+) fps", line) or 0)
+    container = _find(r"^Input #0, (\w+)", log)
+    reader = "ffmpeg-seek" if container in SEEKABLE and duration > 0 else "ffmpeg"
+    if fps % 1 and round(math.ceil(fps) * 1000 / 1001, 2) == fps:
+        fps = math.ceil(fps) * 1000 / 1001  # NTSC: "29.97" is 30000/1001, which matters after some minutes
+    if container not in TIMED or duration == 0 or not 0 < fps <= 1000:
+        fps, duration = _count_packets(path, fps)
+    num_frames = max(round((duration - start) * fps), 1)
+    return Media(num_frames, fps, width, height, start, reader)
+
+
+def _count_packets(path: str, fps: float) -> tuple[float, float]:
+    """(fps, seconds) of a file whose header lacks one of them, by walking its packets without decoding."""
+    arguments = [*_input(path), "-map", "0:V:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
+    report = _ffmpeg(path, ["-v", "fatal", "-nostats", *arguments])[0].decode()
+    frames, microseconds = (int(_find(rf"(?s:.*)^{key}=(\d+)", report) or 0) for key in ("frame", "out_time_us"))
+    seconds = microseconds / 1e6  # both are running totals, of which the greedy pattern finds the last
+    if frames == 0:
+        raise DataError(f"{path}: the video stream is empty; replace or remove it")
+    if not 0 < fps <= 1000:
+        fps = min(frames / seconds, 1000.0) if seconds > 0 else 1.0
+    return fps, max(seconds, frames / fps)  # packets are timed by decoding order, up to two frames early
+
+
+def _read_video(path: str, media: Media, wanted: list[int], size: int) -> Tensor:
+    """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
+    segments = [(0, wanted)]  # (index at which decoding starts, wanted indices)
+    if media.reader == "ffmpeg-seek" and media.num_frames / media.fps > LONG_VIDEO:
+        gap = MERGE_GAP * media.fps
+        cuts = [k for k in range(1, len(wanted)) if wanted[k] - wanted[k - 1] > gap]
+        parts = [wanted[a:b] for a, b in zip([0, *cuts], [*cuts, len(wanted)], strict=True)]
+        segments = [(max(part[0] - SEEK_LEAD, 0), part) for part in parts]
+    frames = _decode(path, media, segments, size)
+    if len(frames) < len(wanted):  # a truncated file: seeking beyond its end finds nothing, one pass the last frame
+        frames = _decode(path, media, [(0, wanted)], size)
+    if len(frames) < len(wanted):
+        raise DataError(f"{path}: no frame could be decoded; replace or remove it")
+    return frames
+
+
+def _decode(path: str, media: Media, segments: list[tuple[int, list[int]]], size: int) -> Tensor:
+    """One ffmpeg process reads every segment, each through an input of its own: uint8 (n, 3, size, size).
+
+    The filters, in order: shift the clock so that the segment starts at 0; `fps` lays the frames on the regular grid
+    (slot n holds the last frame that began by n / fps; "up" means no frame is shown early); `tpad` repeats the last
+    frame where the file is shorter than its header says; `trim` ends the decoding, `select` keeps the wanted slots.
+    """
+    h, w = resized_shape(media.height, media.width, size)
+    late = round(1e6 * _tolerance(media.fps))
+    inputs, chains = [], []
+    for k, (origin, wanted) in enumerate(segments):
+        # Not "accurate": that would drop the frame that began before the seek time and is still on the screen.
+        seek = ["-noaccurate_seek", "-ss", f"{media.start + origin / media.fps:.6f}"] if origin else []
+        inputs += _input(path, *seek)
+        zero = "0" if origin else "STARTPTS"  # microseconds; B-frames delay the first frame of an AVI file
+        slots = "+".join(f"eq(n,{i - origin})" for i in wanted)
+        chains.append(
+            f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
+            f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
+            f"scale={w}:{h}:flags=bilinear,format=rgb24,pad={size}:{size}:0:0:black[v{k}]"
+        )
+    labels = "".join(f"[v{k}]" for k in range(len(segments)))
+    graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])
+    output = ["-filter_complex", graph, "-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
+    raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, *output])
+    pixels = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+    return pixels.view(-1, size, size, 3).permute(0, 3, 1, 2)
+
+
+# -------------------------------------------------- the three functions the data sets use
+
+
+def probe(path: str | Path) -> Media:
+    """Facts of the file's header; remembered, as long as the file does not change. Raises DataError."""
+    path = os.path.abspath(path)
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file; check the path")
+    stat = os.stat(path)
+    if stat.st_size == 0:
+        raise DataError(f"{path}: the file is empty; download it again or remove it")
+    return _probe(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache  # a few hundred bytes per file
+def _probe(path: str, mtime: int, size: int) -> Media:
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:  # decides by the first bytes, not by the name
+            return _probe_image(image, path)
+    except DataError:
+        raise
+    except Exception:  # not an image, or one that Pillow cannot decode; ffmpeg forgives some damaged GIFs
+        return _probe_video(path)
+
+
+def read_frames(path: str | Path, indices: Sequence[int], size: int) -> Tensor:
+    """uint8 (len(indices), 3, size, size) RGB: what the file shows at indices / fps seconds, in any order.
+
+    Indices outside the video mean its first or last frame. Raises DataError.
+    - any aspect ratio is read; the reference skips videos whose sides differ by more than a factor of five.
+    - videos are resized by ffmpeg, which saves time but differs from `resize_and_pad` by about two grey levels.
+    """
+    media, path = probe(path), os.path.abspath(path)
+    indices = [min(max(int(i), 0), media.num_frames - 1) for i in indices]
+    wanted = sorted(set(indices))
+    if not wanted:
+        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+    read = _read_image if media.reader == "pillow" else _read_video
+    frames = read(path, media, wanted, size)
+    return frames[[wanted.index(i) for i in indices]].contiguous()
+
+
+def read_clips(
+    path: str | Path, n_clips: int, n_frames: int, target_fps: float, size: int, train: bool,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError."""
+    media = probe(path)
+    indices = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, train, generator)
+    return read_frames(path, indices.flatten().tolist(), size).view(n_clips, n_frames, 3, size, size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text to tokens (paper 3.2, F_l): WordPiece
+
+
+def build_tokenizer(vocabulary):
+    """A lower-casing WordPiece tokenizer over a list of tokens; the position in the list is the id."""
+    return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
+
+
+def read_vocabulary(folder):
+    """The tokens of a bert-base-uncased folder (vocab.txt), or, with None, of the same from the hub."""
+    try:
+        tokenizer = BertTokenizer.from_pretrained(folder or "bert-base-uncased")
+    except Exception as error:  # the hub raises many kinds of network errors
+        raise DataError(
+            f"no WordPiece vocabulary ({type(error).__name__}): give --bert DIR, a bert-base-uncased folder with "
+            "vocab.txt, or --scratch to build one from the training text"
+        ) from error
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary, key=vocabulary.get)
+
+
+def vocabulary_from_text(texts, size=10_000):
+    """A vocabulary without any download: BERT's special tokens, single characters, then the most frequent words.
+
+    With every character as a first piece ("a") and as a continuation ("##a"), WordPiece can spell any new word.
+    """
+    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    characters = sorted({c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789"))
+    common = sorted((w for w in words if len(w) > 1), key=lambda w: (-words[w], w))
+    return SPECIAL_TOKENS + characters + ["##" + c for c in characters] + common[:size]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples to batches
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Examples with their sampled clips. Items are asked for as (epoch, index): see `training_order`.
+
+    The random clips of an item depend on (seed, epoch, index) alone, not on which worker reads it or when: two runs,
+    with any number of workers, stopped and resumed or not, see the same frames.
+    """
+
+    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False):
+        self.examples, self.folder = examples, folder
+        self.sampling = (n_clips, n_frames, fps, size, train)
+        self.seed, self.blind = seed, blind
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (epoch * len(self) + index))
+        unreadable = []
+        for attempt in range(20):  # an unreadable video is replaced by the next example in training ...
+            example = self.examples[(index + attempt) % len(self)]
+            try:
+                frames = self.read(example, generator)
+                break
+            except DataError as error:
+                unreadable.append(str(error))
+                if not self.sampling[-1]:  # ... and answered blindly, that is, counted as wrong, in evaluation
+                    n_clips, n_frames, _, size, _ = self.sampling
+                    frames = torch.zeros(n_clips, n_frames, 3, size, size, dtype=torch.uint8)
+                    break
+        else:
+            raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
+        return {"example": example, "frames": frames, "unreadable": unreadable, "index": index}
+
+    def read(self, example, generator):
+        path = find_media(self.folder, example.video)
+        if path is None:
+            raise DataError(f"{example.video}: no such video under {self.folder}")
+        frames = read_clips(path, *self.sampling, generator)
+        return torch.zeros_like(frames) if self.blind else frames
+
+
+def training_order(n_examples, batch_size, n_batches, seed, start=0):
+    """Yield batch number start, start + 1, ..., n_batches - 1, as lists of (epoch, index): shuffled anew each epoch.
+
+    Known in advance from the seed, so a resumed run goes on with the very batch that the stopped one would have seen.
+    The last, smaller batch of an epoch is kept.
+    """
+    per_epoch = -(-n_examples // batch_size)
+    for number in range(start, n_batches):
+        epoch, i = divmod(number, per_epoch)
+        if number == start or i == 0:
+            order = torch.randperm(n_examples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        yield [(epoch, j) for j in order[i * batch_size : (i + 1) * batch_size]]
+
+
+class Collator:
+    """A list of items to tensors. Texts are one per example, or, in multiple choice, one per option.
+
+    frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target (B,); and plain lists.
+    """
+
+    def __init__(self, tokenizer, text_length, labels=None):
+        self.tokenizer, self.text_length, self.labels = tokenizer, text_length, labels
+
+    def __call__(self, items):
+        examples = [item["example"] for item in items]
+        tokens = self.tokenizer(
+            [text for example in examples for text in input_texts(example)],
+            padding=True, truncation=True, max_length=self.text_length, return_tensors="pt",
+        )  # fmt: skip
+        return {
+            "frames": torch.stack([item["frames"] for item in items]),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "target": torch.tensor([self.target(example) for example in examples]),
+            "examples": examples,
+            "unreadable": [item["unreadable"] for item in items],
+        }
+
+    def target(self, example):
+        """The number that the loss wants: an option's index, an answer's label (-1: not in the list), a count."""
+        return self.labels.get(example.answer, -1) if isinstance(example.answer, str) else example.answer
+
+
+def input_texts(example):
+    """Multiple choice: "question option" as one sequence per option, as the reference; else the text alone."""
+    return [f"{example.text} {option}" for option in example.options] or [example.text]
+
+
+def data_loader(dataset, batches, collate, workers, pin_memory=False):
+    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The toy data: small enough for a laptop CPU, in the public layouts, so that toy and real data share every reader
+#
+# Each GIF shows one object of some colour, shape and place. It does one action several times, later another one once,
+# and in between it idles. Every action can be told from a single frame, but most single frames show idling or the
+# other action: one clip is often not enough, a few always are. Each repetition leaves a mark at the bottom (counting).
+
+TOY_SIZE, TOY_FPS, TOY_FRAMES = 64, 4, 32  # pixels, frames per second, frames: 8-second GIFs
+TOY_BUSY, TOY_LAST = 14, 10  # frames of the repeated action, in all; frames of the other one
+TOY_COLORS = {
+    "red": (220, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 240), "yellow": (240, 220, 50),
+    "purple": (160, 60, 200), "orange": (250, 140, 30), "white": (240, 240, 240), "pink": (250, 130, 190),
+}  # fmt: skip
+TOY_SHAPES = ["square", "circle", "triangle", "star"]
+TOY_ACTIONS = ["jump", "spin", "grow", "shrink", "blink", "split", "shine", "wave"]
+TOY_PLACES = {"left": (16, 30), "right": (48, 30), "top": (32, 22), "bottom": (32, 42)}
+TOY_NUMBERS = ["one", "two", "three", "four"]
+
+
+class ToyVideo(NamedTuple):
+    """What happens in one toy GIF."""
+
+    name: str
+    color: str
+    shape: str
+    place: str
+    moons: int  # 1..4 small dots in the top corner
+    action: str  # done `times` times, ...
+    times: int  # 2..6
+    last: str  # ... and then this, once
+    timeline: list  # for each frame (action or None, repetitions completed so far)
+
+    @property
+    def subject(self):
+        return f"the {self.color} {self.shape}"
+
+
+def toy_video(name, rng):
+    action, last = rng.sample(TOY_ACTIONS, 2)
+    times = rng.randint(2, 6)
+    acts = [(action, TOY_BUSY * (i + 1) // times - TOY_BUSY * i // times) for i in range(times)] + [(last, TOY_LAST)]
+    idle = [1] * (len(acts) + 1)  # frames of rest before, between and after the acts; the spare ones fall at random
+    for _ in range(TOY_FRAMES - TOY_BUSY - TOY_LAST - len(idle)):
+        idle[rng.randrange(len(idle))] += 1
+    timeline = [(None, 0)] * idle[0]
+    for i, (act, length) in enumerate(acts):
+        timeline += [(act, i)] * length + [(None, min(i + 1, times))] * idle[i + 1]
+    color, shape, place = rng.choice(list(TOY_COLORS)), rng.choice(TOY_SHAPES), rng.choice(list(TOY_PLACES))
+    return ToyVideo(name, color, shape, place, rng.randint(1, 4), action, times, last, timeline)
+
+
+def toy_polygon(shape, x, y, r):
+    corners = {"square": 4, "circle": 24, "triangle": 3, "star": 10}[shape]
+    turn = math.pi / 4 if shape == "square" else -math.pi / 2
+    radii = [r * 0.45 if shape == "star" and i % 2 else r for i in range(corners)]
+    angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
+    return [(x + radius * math.cos(a), y + radius * math.sin(a)) for radius, a in zip(radii, angles, strict=True)]
+
+
+def draw_toy_object(draw, color, shape, x, y, action, r=10):
+    """One object in one of nine states: idle (None), or doing one of TOY_ACTIONS."""
+    if action == "split":
+        for side in (-r, r):
+            draw.polygon(toy_polygon(shape, x + side, y, 0.6 * r), fill=color)
+        return
+    if action == "jump":
+        draw.ellipse((x - r, y + r - 1, x + r, y + r + 3), fill=(110, 110, 110))  # its shadow stays on the ground
+        y -= 12
+    if action == "shine":
+        for a in (math.pi / 4 * i for i in range(8)):
+            ray = [(x + k * r * math.cos(a), y + k * r * math.sin(a)) for k in (1.3, 1.9)]
+            draw.line(ray, fill=(255, 255, 160), width=2)
+    if action == "spin":
+        for start in (0, 180):
+            draw.arc((x - 16, y - 16, x + 16, y + 16), start, start + 110, fill=(150, 255, 255), width=2)
+    if action == "wave":
+        for side in (-1, 1):
+            draw.line((x + side * 7, y, x + side * 18, y - 16), fill=(255, 200, 255), width=3)
+    corners = toy_polygon(shape, x, y, {"grow": 1.6, "shrink": 0.5}.get(action, 1) * r)
+    draw.polygon(corners, fill=None if action == "blink" else color, outline=color, width=2)
+
+
+def draw_toy_video(video, rng):
+    """The frames of a toy video, as Pillow images."""
+    background = tuple(rng.randint(0, 70) for _ in range(3))
+    x, y = (c + rng.uniform(-3, 3) for c in TOY_PLACES[video.place])
+    drift = rng.uniform(-5, 5)  # so that no two frames are quite the same
+    frames = []
+    for t, (action, marks) in enumerate(video.timeline):
+        image = Image.new("RGB", (TOY_SIZE, TOY_SIZE), background)
+        draw = ImageDraw.Draw(image)
+        for i in range(video.moons):
+            draw.ellipse((3 + 6 * i, 2, 6 + 6 * i, 5), fill=(230, 230, 120))
+        for i in range(marks):
+            draw.rectangle((4 + 9 * i, 58, 9 + 9 * i, 62), fill=(200, 200, 200))
+        draw_toy_object(draw, TOY_COLORS[video.color], video.shape, x + drift * t / TOY_FRAMES, y, action)
+        frames.append(image)
+    return frames
+
+
+def toy_questions(video, kind, rng):
+    """One question about a toy video, as a dict of the public file's columns."""
+    if kind in ("action", "transition"):
+        after = rng.random() < 0.5
+        answer = video.last if kind == "transition" and after else video.action
+        # The other action of this video is no option: a frame that shows it would speak for a wrong answer.
+        options = rng.sample([a for a in TOY_ACTIONS if a not in (video.action, video.last)], 4)
+        options.insert(rng.randrange(5), answer)
+        when = f"after {video.action}" if after else f"before {video.last}"
+        question = f"what does {video.subject} do {f'{video.times} times' if kind == 'action' else when} ?"
+        return {"question": question, **{f"a{i}": o for i, o in enumerate(options, 1)}, "answer": options.index(answer)}
+    if kind == "count":
+        return {"question": f"how many times does {video.subject} {video.action} ?", "answer": video.times}
+    number = rng.randrange(4)  # FrameQA's types: 0 object, 1 number, 2 color, 3 location
+    question, answer = [
+        (f"what is the {video.color} thing ?", video.shape),
+        ("how many moons are in the sky ?", TOY_NUMBERS[video.moons - 1]),
+        (f"what is the color of the {video.shape} ?", video.color),
+        (f"where is the {video.color} {video.shape} ?", video.place),
+    ][number]
+    return {"question": question, "answer": answer, "type": number}
+
+
+def write_toy_tgif_qa(folder, train=1000, test=200, seed=0):
+    """TGIF-QA's layout: gifs/<gif_name>.gif and TAB-separated {Train,Test}_<kind>_question.csv for all four tasks."""
+    (folder / "gifs").mkdir(parents=True, exist_ok=True)
+    for split, count in (("Train", train), ("Test", test)):
+        rng = random.Random(f"{split} {seed}")
+        videos = [toy_video(f"toy_{split.lower()}_{i:04d}", rng) for i in range(count)]
+        for video in videos:
+            first, *rest = draw_toy_video(video, rng)
+            first.save(folder / "gifs" / f"{video.name}.gif", save_all=True, append_images=rest,
+                       duration=1000 // TOY_FPS, loop=0, optimize=False)  # fmt: skip
+        for kind in ("action", "transition", "frameqa", "count"):
+            rows = [{"gif_name": v.name, **toy_questions(v, kind, rng), "vid_id": i, "key": f"{kind.upper()}{i}"}
+                    for i, v in enumerate(videos)]  # fmt: skip
+            lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
+            (folder / f"{split}_{kind}_question.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
+
+
+def toy_data(folder="toy_data"):
+    """Write the toy data once; a marker file, written last, tells whether an earlier writing was completed."""
+    folder = Path(folder)
+    marker = folder / f"complete-{TOY_VERSION}"
+    if not marker.exists():
+        print(f"writing the toy data to {folder}/ (once, about 15 seconds)", flush=True)
+        write_toy_tgif_qa(folder / "tgif_qa")
+        marker.touch()
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write the toy data")
+    toy.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    toy_data(args.folder)
+
+
+if __name__ == "__main__":
+    main()
