@@ -5,22 +5,28 @@
 
 Read this file beside section 3 of the paper, top to bottom:
 
-    c_i          a clip: T frames out of about one second of video        (B, T, 3, L, L)  pixels 0..255
-    F_v(c_i)     ResNet-50, grid encoder, mean over T, 2-D positions      (B, h*w, d)      `encode_frames`, `VisualEmbedding`
-    F_l(S)       word + position + type embeddings                        (B, Lt, d)       BERT's own
-    H            a 12-layer BERT over [text tokens; grid tokens]          (B, Lt + h*w, d) `fuse`
-    p_i = H(F_v(c_i), F_l(S))                                             (B, K)           `ClipBert.forward`, `clip_logits`
-    p = G(p_1, ..., p_N)                                                  (B, K)           `aggregate_clips`
-    loss = NLL(p, q)                                                      scalar           `video_loss`
+    c_i       a clip: T frames out of about one second of video      (B, T, 3, L, L)    pixels 0..255
+    F_v(c_i)  ResNet-50, grid encoder, mean over T, 2-D positions    (B, h*w, d)        GridFeatures, VisualEmbedding
+    F_l(S)    word + position + type embeddings                      (B, Lt, d)         BERT's own
+    H         a 12-layer BERT over [text tokens; grid tokens]        (B, Lt + h*w, d)   VideoTextEncoder.fuse
+    p_i = H(F_v(c_i), F_l(S))                                        (B, K)             ClipBert.forward, clip_logits
+    p = G(p_1, ..., p_N)                                             (B, K)             aggregate_clips
+    loss = NLL(p, q)                                                 scalar             video_loss
 
-B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K outputs.
+B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K scores.
 """
 
+import json
 import os
+import random
+import sys
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -74,12 +80,12 @@ class ClipBertConfig:
         """A model that learns the toy data from scratch on a laptop CPU in minutes (stride 16: a 4 x 4 grid at L = 64).
 
         Nothing is frozen (there are no pretrained weights to protect) and there is no dropout (a small model on endless
-        random clips does not overfit). Initial scale matters most: with BERT's .02 a 128-wide, 3-layer transformer
+        random clips does not overfit). Initial scale matters most: with BERT's .02 a 96-wide, 3-layer transformer
         attends uniformly and stays at ln(5) for a long time; 1/sqrt(d) lets attention pick out tokens from step one.
         """
         return cls(
-            backbone="tiny", frozen_stages=0, hidden_size=128, layers=3, heads=4, intermediate_size=256,
-            vocab_size=vocab_size, dropout=0.0, init_std=128**-0.5,
+            backbone="tiny", frozen_stages=0, hidden_size=96, layers=3, heads=4, intermediate_size=192,
+            vocab_size=vocab_size, dropout=0.0, init_std=96**-0.5,
         )  # fmt: skip
 
 
@@ -177,7 +183,7 @@ class VisualEmbedding(nn.Module):
         """
         h, w = grid.shape[2:4]
         if max(h, w) > self.MAX_GRID:
-            raise ValueError(f"a grid of {h} x {w} cells, but {self.MAX_GRID} rows and columns have positions: smaller --size")
+            raise ValueError(f"a grid of {h} x {w} cells, only {self.MAX_GRID} rows and columns: use a smaller size")
         x = grid.mean(1)  # (B, h, w, d): the order of frames within a clip is not seen
         x = x + self.row_position_embeddings.weight[:h, None]  # (h, 1, d)
         x = x + self.col_position_embeddings.weight[:w]  # (w, d)
@@ -205,7 +211,7 @@ class VideoTextEncoder(nn.Module):
         self.visual_embeddings.apply(self.init_weights)
 
     def init_weights(self, module):
-        """BERT's initialisation: N(0, init_std), zero biases. (The grid encoder keeps the default of its convolution.)"""
+        """BERT's initialisation: N(0, init_std), zero biases. (The grid encoder keeps its convolution's default.)"""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.cfg.init_std)
         if isinstance(module, nn.Linear):
@@ -226,8 +232,8 @@ class VideoTextEncoder(nn.Module):
         if input_ids.shape[0] % visual.shape[0]:
             raise ValueError(f"{input_ids.shape[0]} texts do not divide among {visual.shape[0]} videos")
         visual = visual.repeat_interleave(input_ids.shape[0] // visual.shape[0], dim=0)  # (B*n, h*w, d)
-        text = self.bert.embeddings(input_ids)  # (B*n, Lt, d); every type id is 0, the visual type has a table of its own
-        # Grid cells over the zero border of a padded frame are not masked: the reference attends to them as well.
+        text = self.bert.embeddings(input_ids)  # (B*n, Lt, d); text type ids are 0, the visual type has its own table
+        # Grid cells over the zero border of a padded frame are not masked: the reference attends to them, too.
         mask = torch.cat([attention_mask.bool(), attention_mask.new_ones(visual.shape[:2]).bool()], dim=1)
         mask = mask[:, None, None, :]  # (B*n, 1, 1, Lt + h*w): the same for every head and query
         hidden = self.bert.encoder(torch.cat([text, visual], dim=1), attention_mask=mask).last_hidden_state
@@ -279,6 +285,7 @@ class ClipBertForPreTraining(VideoTextEncoder):
         super().__init__(cfg)
         self.cls = BertPreTrainingHeads(bert_config(cfg))
         self.cls.apply(self.init_weights)
+        nn.init.normal_(self.cls.seq_relationship.weight, std=0.02)  # no opinion at first, as in ClipBert
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight  # tied, as in BERT
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
 
@@ -371,8 +378,9 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
     step counts from 1 (the first update). Never exactly 0: the reference keeps 1e-8, so that no step is in vain.
     """
     warmup = int(warmup_ratio * total_steps)
-    factor = step / warmup if step < warmup else (total_steps - step) / (total_steps - warmup) if step < total_steps else 0
-    return max(peak * factor, 0.0) or 1e-8
+    if step < warmup:
+        return peak * step / warmup or 1e-8
+    return peak * max(total_steps - step, 0) / max(total_steps - warmup, 1) or 1e-8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,7 +404,7 @@ class LoadReport(NamedTuple):
 
 
 def copy_weights(model, tensors, unused=()):
-    """Copy {name: tensor} into the model, checking every shape. -> LoadReport. Raises nothing: what is odd is reported."""
+    """Copy {name: tensor} into the model, checking every shape. -> LoadReport; ValueError if not one tensor fits."""
     own = model.state_dict(keep_vars=True)
     report = LoadReport([], [], [], list(unused), [])
     with torch.no_grad():
@@ -409,6 +417,8 @@ def copy_weights(model, tensors, unused=()):
                 own[name].copy_(value)
                 report.loaded.append(name)
     report.missing.extend(name for name in own if name not in tensors)
+    if not report.loaded:
+        raise ValueError(f"no tensor of this file fits the model (the file has {', '.join(list(tensors)[:3])} ...)")
     return report
 
 
@@ -464,8 +474,9 @@ def load_pretrained(model, resnet=None, bert=None):
             cnn = torchvision.models.get_model("resnet50", weights="IMAGENET1K_V1").state_dict()
         language = BertModel.from_pretrained(bert or "bert-base-uncased", add_pooling_layer=True).state_dict()
     except Exception as error:  # the hub raises a dozen kinds of network errors; the remedy is one and the same
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(
-            f"no starting weights ({type(error).__name__}: {str(error).splitlines()[0][:120]}). Choose: "
+            f"no starting weights ({reason}). Choose: "
             "--resnet FILE (torchvision's resnet50-*.pth) and --bert DIR (a bert-base-uncased folder) where there is "
             "no network; --init CKPT (a ClipBERT checkpoint); --scratch (random weights); --model tiny"
         ) from error
@@ -476,11 +487,15 @@ def load_pretrained(model, resnet=None, bert=None):
 def save_checkpoint(path, state):
     """Write a checkpoint whole or not at all: to a temporary file, to the disk, then renamed over the old one."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, Ctrl-C: the old checkpoint stays, the half-written one goes
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path):
@@ -489,7 +504,7 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
         what = f"not a whole checkpoint of tensors and plain values ({type(error).__name__})"
         raise ValueError(f"{path}: {what}") from None
 
@@ -502,3 +517,104 @@ def config_from(state):
 def config_dict(cfg):
     """Plain values for a checkpoint or config.json."""
     return asdict(cfg)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the two training loops share: the device, the log, random states, errors in one line
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Device(NamedTuple):
+    """Where and how precisely to compute."""
+
+    name: str  # "cuda" | "cpu"
+    dtype: torch.dtype  # of the forward pass under autocast; weights stay float32
+    workers: int
+
+    def autocast(self):
+        return torch.autocast(self.name, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def choose_device(args):
+    gpu = torch.cuda.is_available()
+    best = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = args.precision or best
+    if precision == "fp16" and not gpu:
+        raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if gpu else 0
+    return Device("cuda" if gpu else "cpu", dtype, workers)
+
+
+def random_states():
+    """All random states, as plain tensors and numbers that a weights-only checkpoint may hold."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states):
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class Log:
+    """log.jsonl: a line a step. Losses stay on the device until `flush`, so that logging never makes the GPU wait."""
+
+    def __init__(self, path, start):
+        kept = []
+        if start and path.exists():  # resumed: drop the lines of steps that will be done again
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.path, self.waiting = path, []
+
+    def step(self, **values):
+        self.waiting.append(values)
+
+    def flush(self):
+        """Write what is waiting; -> the mean loss of those steps. Raises ValueError if a loss is not a number."""
+        losses = [float(values["loss"]) for values in self.waiting]
+        for values in self.waiting:
+            self.write(**{k: float(v) if torch.is_tensor(v) else v for k, v in values.items()})
+        first, self.waiting = (self.waiting or [None])[0], []
+        if not np.isfinite(losses).all():
+            raise ValueError(
+                f"the loss is {losses[-1]} near step {first['step']}: try a lower --lr, or --precision fp32 or bf16 "
+                f"(the steps before are in {self.path})"
+            )
+        return sum(losses) / max(len(losses), 1)
+
+    def write(self, **values):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def list_unreadable(errors, what):
+    errors = Counter(errors)
+    if errors:
+        print(f"unreadable videos, {what}: {len(errors):,}", file=sys.stderr)
+    for line, times in errors.most_common(20):
+        print(f"  {times}x {line}", file=sys.stderr)
+
+
+def write_text(path, text):
+    """Whole or not at all, as checkpoints."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def main(job, args):
+    """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
+    try:
+        job(args)
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

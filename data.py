@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 import imageio_ffmpeg
@@ -56,7 +56,8 @@ class DataError(ValueError):
 
 OPTIONS = 5  # TGIF-QA action and transition, MSRVTT-MC: all five-way
 MAX_TEXT = 20_000  # characters; far above any real field, far below what hurts
-VIDEOS = tuple(".gif .mp4 .webm .mkv .avi .mov .m4v .3gp .3g2 .mpg .mpeg .wmv .flv .mts".split())
+VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2", ".mpg", ".mpeg", ".wmv", ".flv",
+          ".mts")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",  # where data sets keep media
           "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")
@@ -152,11 +153,8 @@ def parse_json(text, path, line=1):
             raise ValueError(f"a key stands twice in one object, which begins {next(iter(found))[:40]!r}")
         return found
 
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{line + error.lineno - 1}: not JSON: {error.msg} (column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, lists nested thousands deep
@@ -296,7 +294,7 @@ def read_vqa(folder, split):
     questions = by_name(list_rows(path, read_json(path).get("questions"), "questions"), "question_id")
     answers = read_json(answers_path).get("annotations")
     answers = by_name(list_rows(answers_path, answers, "annotations"), "question_id")
-    for name in questions.keys() ^ answers.keys():
+    for name in sorted(questions.keys() ^ answers.keys()):
         (questions.get(name) or answers[name]).fail(f"question_id {name[:80]} has no match in the other file")
     return collect(path, ((row, vqa_example(row, answers[name])) for name, row in questions.items()))
 
@@ -325,16 +323,18 @@ def vqa_labelled(row):
                    kind=row.text("answer_type", default=""))
 
 
-NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-NUMBERS["none"] = "0"
-CONTRACTIONS = {word.replace("'", ""): word for word in (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
-    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't "
-    "needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll "
-    "somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd "
-    "there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll "
-    "what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's "
-    "won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've").split()}
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
+CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
+    needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+    won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+"""
+CONTRACTIONS = {word.replace("'", ""): word for word in re.findall(r"\S+", CONTRACTIONS)}
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -426,7 +426,7 @@ def read_msrvtt_retrieval(folder, split, train_list="9k"):
 
 
 def with_text(pairs):
-    """The pairs that have a caption: the large sets hold a few blank ones, which teach nothing."""
+    """The pairs that have a caption. A blank one in millions is no reason to stop, but it is counted."""
     if blank := [row for row, example in pairs if not example.text]:
         print(f"note: left out {len(blank):,} of {len(pairs):,} rows, which have no caption; the first is "
               f"{blank[0].path}:{blank[0].place}", file=sys.stderr)
@@ -452,8 +452,8 @@ def read_didemo(folder, split):
 
 
 def read_activitynet(folder, split):
-    """{train,val_1}.json, a table of sentences, or jsonl. The test captions are not public: test is val_1."""
-    names = ["train"] if split == "train" else ["val_1", "val1", "test", "val"]
+    """{train,val_1,val_2}.json, a table of sentences, or jsonl. The test captions are not public: test is val_1."""
+    names = ["val_1", "val1", "test", "val"] if split in ("val", "test") else [split]
     path = find_file(folder, f"{names[0]}.*json", f"{names[0]}*.csv", *(f"*{name}*.jsonl" for name in names))
     if path.suffix == ".jsonl":
         return read_pairs(path)
@@ -527,6 +527,9 @@ def own_pairs(rows):
 
 
 # -------------------------------------------------- names to files
+COCO_PREFIX = r"^COCO_\w+_(?=\d{12}$)"  # in the photos' names of 2014, gone in 2017
+
+
 def coco_name(image):
     """458752 -> 000000458752, the name of the photo up to its prefix COCO_train2014_."""
     return image.zfill(12) if image.isdigit() else image
@@ -534,15 +537,17 @@ def coco_name(image):
 
 @functools.lru_cache(maxsize=64)  # each directory is listed once: 165,000 names cost a dict look-up each
 def media_index(folder, parent, suffixes):
-    """{name, stem or COCO number: path} of the media in `parent` below the usual places of `folder`; the first wins."""
-    index = {}
+    """{name, stem or COCO number: (path, is it outside the folder?)} of the media in `parent` below all PLACES."""
+    index, root = {}, os.path.realpath(folder)
     for place in (os.path.join(folder, place, parent) for place in PLACES):
+        linked = not Path(os.path.realpath(place)).is_relative_to(root)
         entries = os.scandir(place) if os.path.isdir(place) else ()
         found = [(*os.path.splitext(entry.name), entry) for entry in entries if entry.is_file()]
         found = [(suffixes.index(end.lower()), stem, entry) for stem, end, entry in found if end.lower() in suffixes]
         for _, stem, entry in sorted(found, key=lambda item: item[:2]):
-            for key in (entry.name, stem, re.sub(r"^COCO_\w+_(?=\d{12}$)", "", stem)):
-                index.setdefault(key, entry.path)
+            outside = linked or entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(root)
+            for key in (entry.name, stem, re.sub(COCO_PREFIX, "", stem)):
+                index.setdefault(key, (entry.path, outside))  # the first place and suffix win
     return index
 
 
@@ -551,18 +556,18 @@ def find_media(folder, name, suffixes=VIDEOS + IMAGES):
 
     Names come from strangers' files: one that leads out of the folder (.., absolute, a drive, a link) is an error.
     """
-    if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts or "\0" in name:  # knows both / and \
+    if re.search(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0", name):
         raise DataError(f"{name[:200]!r}: a media name must stay inside the data folder {folder}")
     parent, base = os.path.split(name)
     stem, end = os.path.splitext(base)
     family = next((family for family in (IMAGES, VIDEOS) if end.lower() in family), None)
     if family:  # 4.jpg may be 4.png, but never 4.mp4
         suffixes = tuple(suffix for suffix in suffixes if suffix in family)
-    names = (base, stem if family else base, re.sub(r"^COCO_\w+_(?=\d{12}$)", "", stem))  # 2017 dropped COCO_..._
     index = media_index(os.path.abspath(folder), parent, suffixes)
-    path = next((index[key] for key in names if key in index), None)
-    if path and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise DataError(f"{path}: a link out of the data folder; copy the file, or give its real folder")
+    names = (base, stem if family else base, re.sub(COCO_PREFIX, "", stem))
+    path, outside = next((index[key] for key in names if key in index), (None, False))
+    if outside:
+        raise DataError(f"{path}: a link out of the data folder {folder}; copy the file, or give its real folder")
     return path and Path(path)
 
 
@@ -850,7 +855,7 @@ def _probe(path: str, mtime: int, size: int) -> Media:
             return _probe_image(image, path)
     except DataError:
         raise
-    except Exception:  # not an image, or one that Pillow cannot decode; ffmpeg forgives some damaged GIFs
+    except Exception:  # noqa: BLE001 - no image, or one that Pillow can't decode; ffmpeg forgives some damaged GIFs
         return _probe_video(path)
 
 
@@ -1023,7 +1028,7 @@ def data_loader(dataset, batches, collate, workers, pin_memory=False):
 # other action: one clip is often not enough, a few always are. Each repetition leaves a mark at the bottom (counting).
 
 TOY_SIZE, TOY_FPS, TOY_FRAMES = 64, 4, 32  # pixels, frames per second, frames: 8-second GIFs
-TOY_BUSY, TOY_LAST = 14, 10  # frames of the repeated action, in all; frames of the other one
+TOY_BUSY, TOY_LAST = 16, 9  # frames of the repeated action, in all; frames of the other one
 TOY_COLORS = {
     "red": (220, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 240), "yellow": (240, 220, 50),
     "purple": (160, 60, 200), "orange": (250, 140, 30), "white": (240, 240, 240), "pink": (250, 130, 190),
@@ -1043,7 +1048,7 @@ class ToyVideo(NamedTuple):
     place: str
     moons: int  # 1..4 small dots in the top corner
     action: str  # done `times` times, ...
-    times: int  # 2..6
+    times: int  # 2..5
     last: str  # ... and then this, once
     timeline: list  # for each frame (action or None, repetitions completed so far)
 
@@ -1054,7 +1059,7 @@ class ToyVideo(NamedTuple):
 
 def toy_video(name, rng):
     action, last = rng.sample(TOY_ACTIONS, 2)
-    times = rng.randint(2, 6)
+    times = rng.randint(2, 5)
     acts = [(action, TOY_BUSY * (i + 1) // times - TOY_BUSY * i // times) for i in range(times)] + [(last, TOY_LAST)]
     idle = [1] * (len(acts) + 1)  # frames of rest before, between and after the acts; the spare ones fall at random
     for _ in range(TOY_FRAMES - TOY_BUSY - TOY_LAST - len(idle)):
@@ -1101,7 +1106,7 @@ def draw_toy_video(video, rng):
     """The frames of a toy video, as Pillow images."""
     background = tuple(rng.randint(0, 70) for _ in range(3))
     x, y = (c + rng.uniform(-3, 3) for c in TOY_PLACES[video.place])
-    drift = rng.uniform(-5, 5)  # so that no two frames are quite the same
+    drift = rng.uniform(-5, 5)
     frames = []
     for t, (action, marks) in enumerate(video.timeline):
         image = Image.new("RGB", (TOY_SIZE, TOY_SIZE), background)
@@ -1110,7 +1115,8 @@ def draw_toy_video(video, rng):
             draw.ellipse((3 + 6 * i, 2, 6 + 6 * i, 5), fill=(230, 230, 120))
         for i in range(marks):
             draw.rectangle((4 + 9 * i, 58, 9 + 9 * i, 62), fill=(200, 200, 200))
-        draw_toy_object(draw, TOY_COLORS[video.color], video.shape, x + drift * t / TOY_FRAMES, y, action)
+        place = (x + drift * t / TOY_FRAMES, y + t % 2)  # never still: a GIF writer would merge equal frames
+        draw_toy_object(draw, TOY_COLORS[video.color], video.shape, *place, action)
         frames.append(image)
     return frames
 
@@ -1149,7 +1155,7 @@ def write_toy_tgif_qa(folder, train=1000, test=200, seed=0):
             first.save(folder / "gifs" / f"{video.name}.gif", save_all=True, append_images=rest,
                        duration=1000 // TOY_FPS, loop=0, optimize=False)  # fmt: skip
         for kind in ("action", "transition", "frameqa", "count"):
-            rows = [{"gif_name": v.name, **toy_questions(v, kind, rng), "vid_id": i, "key": f"{kind.upper()}{i}"}
+            rows = [{"gif_name": v.name, **toy_questions(v, kind, rng), "vid_id": f"{kind.upper()}{i}", "key": i}
                     for i, v in enumerate(videos)]  # fmt: skip
             lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
             (folder / f"{split}_{kind}_question.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")

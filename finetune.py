@@ -14,8 +14,6 @@ predictions.jsonl and metrics.json.
 
 import argparse
 import json
-import os
-import random
 import sys
 import time
 from collections import Counter
@@ -104,9 +102,9 @@ def parse_arguments(arguments=None):
     add("--test_clips", type=positive, nargs="+", default=[1, 4, 16], help="N_test: evaluate at each of these")
     add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
     add("--limit", type=positive, help="use only the first so many examples of each split")
-    add("--allow_missing", action="store_true", help="train without the videos that are missing; count them as wrong in testing")
+    add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
-    add("--workers", type=int, help="processes that decode videos (default: 0 on a CPU, else the number of cores, at most 8)")
+    add("--workers", type=int, help="processes that decode videos (default: 0 on a CPU, else one a core, at most 8)")
     add("--save_every", type=positive, default=500, help="steps between checkpoints")
     add("--seed", type=int, default=0)
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -126,7 +124,7 @@ def positive(text):
 
 
 def settings_for(args, model_name, stored=None):
-    """The hyper-parameters in force: the task's row (or a checkpoint's settings), tiny's changes, the command line's."""
+    """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
     row = TASKS[args.task]._asdict()
     settings = {name: row[name] for name in list(row)[list(row).index("size") :]} | {"max_steps": None}
     settings |= TINY if model_name == "tiny" else {}
@@ -135,34 +133,6 @@ def settings_for(args, model_name, stored=None):
     if "epochs" in given:
         settings["max_steps"] = None  # asked for in epochs: tiny's number of steps does not apply
     return settings | given
-
-
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-class Device(NamedTuple):
-    """Where and how precisely to compute."""
-
-    name: str  # "cuda" | "cpu"
-    dtype: torch.dtype  # of the forward pass under autocast; weights stay float32
-    workers: int
-
-    def autocast(self):
-        return torch.autocast(self.name, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-
-def choose_device(args):
-    gpu = torch.cuda.is_available()
-    best = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    precision = args.precision or best
-    if precision == "fp16" and not gpu:
-        raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if gpu else 0
-    return Device("cuda" if gpu else "cpu", dtype, workers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,7 +147,7 @@ def load_examples(args, split, training=None):
     videos = {example.video for example in examples}
     missing = sorted(video for video in videos if data.find_media(folder, video) is None)
     if missing:
-        what = f"{len(missing):,} of {len(videos):,} {split} videos are missing under {folder} ({', '.join(missing[:3])}, ...)"
+        what = f"{len(missing):,} of {len(videos):,} {split} videos are missing under {folder} ({missing[0]}, ...)"
         if not args.allow_missing or len(missing) == len(videos):
             raise data.DataError(f"{what}: put them there, or train without them (--allow_missing)")
         print(f"note: {what}", file=sys.stderr)
@@ -239,7 +209,7 @@ class Run(NamedTuple):
     task: Task
     folder: Path
     settings: dict
-    device: Device
+    device: clipbert.Device
     tokenizer: object
     answers: list | None
     seed: int
@@ -277,7 +247,7 @@ def train(run, model, optimizer, scaler, examples, args, checkpoint, start, tota
     )
     loader = iter(run.loader(examples, s["train_clips"], True, batches))
     steps_per_epoch = -(-len(examples) // (s["batch_size"] * s["grad_accum"]))
-    log = Log(args.out / "log.jsonl", start)
+    log = clipbert.Log(args.out / "log.jsonl", start)
     unreadable, seen, began = Counter(), 0, time.time()
     progress = tqdm(range(start + 1, total_steps + 1), initial=start, total=total_steps, unit="step", disable=None)
     model.train()
@@ -291,7 +261,7 @@ def train(run, model, optimizer, scaler, examples, args, checkpoint, start, tota
             with device.autocast():
                 logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
                 p = clipbert.aggregate_clips(logits.float(), s["agg"])  # p = G(p_1, ..., p_N)
-                # The reference sums the gradients of accumulated batches; with their mean, two batches of 16 are one of 32.
+                # The reference sums the gradients of accumulated batches; the mean makes two batches of 16 one of 32.
                 part = clipbert.video_loss(p, batch["target"], run.task.kind) / s["grad_accum"]
             scaler.scale(part).backward()
             loss = loss + part.detach()
@@ -316,37 +286,6 @@ def train(run, model, optimizer, scaler, examples, args, checkpoint, start, tota
             log.write(step=step, **validate(step))
             model.train()
     return unreadable
-
-
-class Log:
-    """log.jsonl: a line a step. Losses stay on the device until `flush`, so that logging never makes the GPU wait."""
-
-    def __init__(self, path, start):
-        kept = []
-        if start and path.exists():  # resumed: drop the lines of steps that will be done again
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.path, self.waiting = path, []
-
-    def step(self, **values):
-        self.waiting.append(values)
-
-    def flush(self):
-        """Write what is waiting; -> the mean loss of those steps. Raises ValueError if a loss is not a number."""
-        losses = [float(values["loss"]) for values in self.waiting]
-        for values in self.waiting:
-            self.write(**{k: float(v) if torch.is_tensor(v) else v for k, v in values.items()})
-        first, self.waiting = (self.waiting or [None])[0], []
-        if not np.isfinite(losses).all():
-            raise ValueError(
-                f"the loss is {losses[-1]} near step {first['step']}: try a lower --lr, or --precision fp32 or bf16 "
-                f"(the steps before are in {self.path})"
-            )
-        return sum(losses) / max(len(losses), 1)
-
-    def write(self, **values):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -421,8 +360,8 @@ def report(run, args, by_clips, predictions, errors, chance, seconds, split):
         "chance": round(chance, 4), "seconds": round(seconds, 1), "blind": args.blind, "unreadable": len(errors),
         "by_clips": by_clips,
     }  # fmt: skip
-    write_text(args.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_text(args.out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
+    clipbert.write_text(args.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    clipbert.write_text(args.out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
     names = list(next(iter(by_clips.values())))
     print(f"\n{run.task.title}, {'toy' if not args.data else args.data} data, {len(predictions):,} {split} questions, "
           f"G = {run.settings['agg']}{', blind' if args.blind else ''}")  # fmt: skip
@@ -430,22 +369,7 @@ def report(run, args, by_clips, predictions, errors, chance, seconds, split):
     for n, row in by_clips.items():
         print(f"{n:>6}" + "".join(f"{row[name]:20.2f}" for name in names))
     print(f"{'chance':>6}{chance:20.2f}")
-    list_unreadable(errors, "counted as wrong")
-
-
-def list_unreadable(errors, what):
-    errors = Counter(errors)
-    if errors:
-        print(f"unreadable videos, {what}: {len(errors):,}", file=sys.stderr)
-    for line, times in errors.most_common(20):
-        print(f"  {times}x {line}", file=sys.stderr)
-
-
-def write_text(path, text):
-    """Whole or not at all, as checkpoints."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    clipbert.list_unreadable(errors, "counted as wrong")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -453,11 +377,11 @@ def write_text(path, text):
 
 
 def run_training(args):
-    task, device = TASKS[args.task], choose_device(args)
-    seed_everything(args.seed)
+    task, device = TASKS[args.task], clipbert.choose_device(args)
+    clipbert.seed_everything(args.seed)
     state = clipbert.load_checkpoint(args.out / "last.pt") if args.resume else None
     if state and (state["task"] != args.task or "optimizer" not in state):
-        raise ValueError(f"{args.out / 'last.pt'}: a checkpoint of --task {state['task']}, which can't go on as {args.task}")
+        raise ValueError(f"{args.out / 'last.pt'}: a checkpoint of {state['task']}, which can't go on as {args.task}")
     folder, examples = load_examples(args, "train")
     _, test = load_examples(args, "test")
     if state:
@@ -482,29 +406,34 @@ def run_training(args):
         start = state["step"]
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        restore_random_states(state["random"])
+        clipbert.restore_random_states(state["random"])
         print(f"resuming from {args.out / 'last.pt'} at step {start} of {total_steps}")
     args.out.mkdir(parents=True, exist_ok=True)
-    config = {"task": args.task, "data": str(folder), "seed": args.seed, "init": str(args.init or ""), "blind": args.blind,
-              "device": device.name, "precision": str(device.dtype).split(".")[1], "total_steps": total_steps,
-              "settings": settings, "model": clipbert.config_dict(model.cfg)}  # fmt: skip
-    write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
+    config = {
+        "task": args.task, "data": str(folder), "seed": args.seed, "init": str(args.init or ""), "blind": args.blind,
+        "device": device.name, "precision": str(device.dtype).split(".")[1], "total_steps": total_steps,
+        "settings": settings, "model": clipbert.config_dict(model.cfg),
+    }  # fmt: skip
+    clipbert.write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{task.title}: {len(known):,} training and {len(test):,} test examples from {folder}")
-    print(f"{parameters / 1e6:.1f}M parameters, {total_steps:,} steps of {per_step} examples, {device.name} {config['precision']}: "
+    print(f"{parameters / 1e6:.1f}M parameters, {total_steps:,} steps of {per_step} examples on {device.name}: "
           + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None))  # fmt: skip
 
     def checkpoint(name, step, training=True):
-        contents = {"task": args.task, "step": step, "model": model.state_dict(), "num_outputs": model.num_outputs,
-                    "config": clipbert.config_dict(model.cfg), "settings": settings, "vocabulary": vocabulary,
-                    "answers": answers}  # fmt: skip
+        contents = {
+            "task": args.task, "step": step, "model": model.state_dict(), "num_outputs": model.num_outputs,
+            "config": clipbert.config_dict(model.cfg), "settings": settings, "vocabulary": vocabulary,
+            "answers": answers,
+        }  # fmt: skip
         if training:
-            contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random_states()}
+            contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            contents |= {"random": clipbert.random_states()}
         clipbert.save_checkpoint(args.out / name, contents)
 
     began = time.time()
     unreadable = train(run, model, optimizer, scaler, known, args, checkpoint, start, total_steps, None)
-    list_unreadable(unreadable.elements(), "replaced by other examples in training")
+    clipbert.list_unreadable(unreadable.elements(), "replaced by other examples in training")
     # TGIF-QA has no validation split, and choosing a step by the test set would be cheating: the last is the best.
     checkpoint("best.pt", total_steps, training=False)
     by_clips, predictions, errors = evaluate(run, model, test, args.test_clips)
@@ -512,23 +441,11 @@ def run_training(args):
     print_next_steps(args)
 
 
-def random_states():
-    """All random states, as plain tensors and numbers that a weights-only checkpoint may hold."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_states(states):
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
 def load_for_use(args):
     """A fine-tuned checkpoint, ready to answer: (run, model)."""
     model, state = load_run(args.eval, args.task)
     settings = settings_for(args, None, state["settings"])
-    task, device = TASKS[args.task], choose_device(args)
+    task, device = TASKS[args.task], clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data() / task.toy)
     run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind)
@@ -573,21 +490,12 @@ def run_prediction(args):
 
 def print_next_steps(args):
     if args.data is None:
-        print(f"\nNext: python finetune.py --task {args.task} --eval {args.out / 'best.pt'} --predict VIDEO --question ...\n"
-              f"      python finetune.py --task {args.task} --data DIR --model base     the paper's model on real data\n"
-              f"      python finetune.py --task {args.task} --blind                     what the text alone gives away")  # fmt: skip
-
-
-def main():
-    args = parse_arguments()
-    job = run_prediction if args.predict else run_evaluation if args.eval else run_training
-    try:
-        job(args)
-    except (ValueError, OSError) as error:  # what a user can mend: one line, no traceback
-        if args.debug:
-            raise
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        command = f"python finetune.py --task {args.task}"
+        print(f"\nNext: {command} --eval {args.out / 'best.pt'} --predict VIDEO --question ...\n"
+              f"      {command} --blind                   what the text alone gives away\n"
+              f"      {command} --data DIR --model base   the paper's model on real data")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_arguments()
+    clipbert.main(run_prediction if args.predict else run_evaluation if args.eval else run_training, args)

@@ -1,0 +1,419 @@
+"""Annotation readers: every public layout, every way a row can be wrong, and the verbatim samples where they are."""
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+import data
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # lies beside the repository, if at all
+ACTION = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey"
+WAVES = "g1\tWhat does the \"cat do 2 times ?\twave\tjump\tspin\tnod\thop\t3\tACTION1\t7"
+JUMPS = "g2\tWhat does the dog do ?\tjump\twave\tspin\tnod\thop\t0\tACTION2\t7"
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, (str, bytes)):
+        lines = "\n".join(map(json.dumps, content)) if name.endswith(".jsonl") else json.dumps(content)
+        content = lines
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def error(read, *args):
+    """The one line that a reader ends with."""
+    with pytest.raises(data.DataError) as caught:
+        read(*args)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- one test per layout
+def test_tgif_table_with_bom_mixed_line_ends_and_a_lone_quote(tmp_path):
+    write(tmp_path, "Train_action_question.csv", f"\ufeff{ACTION}\r\n{WAVES}\n{JUMPS}\r\n\n")
+    first, second = data.read_tgif_qa(tmp_path, "action", "train")
+    assert first == data.Example("ACTION1", "g1", 'What does the "cat do 2 times ?',
+                                 ("wave", "jump", "spin", "nod", "hop"), 3)
+    assert second.options[second.answer] == "jump"
+
+
+def test_tgif_count_and_frameqa(tmp_path):
+    write(tmp_path, "Test_count_question.csv",
+          "gif_name\tquestion\tanswer\tvid_id\tkey\ng\tHow often ?\t10\tCOUNT1\t5\n")
+    write(tmp_path, "Test_frameqa_question.csv", "gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\n"
+                                                 "g\twhat color ?\tred\t2\tFRAMEQA1\t5\t\n")
+    assert data.read_tgif_qa(tmp_path, "count", "test")[0].answer == 10
+    example = data.read_tgif_qa(tmp_path, "frameqa", "test")[0]
+    assert (example.answer, example.kind) == ("red", "color")
+
+
+@pytest.mark.parametrize("name", ["action/train.jsonl", "tgif_action_train.jsonl", "train_action.jsonl"])
+def test_tgif_jsonl(tmp_path, name):
+    row = {"question": "what ?", "options": list("abcde"), "answer": 4, "gif_name": "g"}
+    write(tmp_path, name, [row, row | {"answer": 0}])
+    examples = data.read_tgif_qa(tmp_path, "action", "train")
+    assert [(e.id, e.options[e.answer]) for e in examples] == [("1", "e"), ("2", "a")]
+
+
+def test_tgif_frameqa_jsonl(tmp_path):
+    row = {"question": "what ?", "answer": "two", "gif_name": "g"}
+    write(tmp_path, "frameqa_test.jsonl", [row | {"answer_type": 1}, row | {"answer_type": "number"}])
+    assert {e.kind for e in data.read_tgif_qa(tmp_path, "frameqa", "test")} == {"number"}
+
+
+def msrvtt_json(videos, split, first=0):
+    return {"videos": [{"video_id": video, "split": split} for video in videos],
+            "sentences": [{"sen_id": first + i, "video_id": video, "caption": f"{video} moves"}
+                          for i, video in enumerate(videos * 2)]}
+
+
+def test_msrvtt_retrieval_reads_the_listed_videos_from_both_json_files(tmp_path, capsys):
+    write(tmp_path, "train_val_videodatainfo.json", msrvtt_json(["video0", "video1"], "train"))
+    write(tmp_path, "test_videodatainfo.json", msrvtt_json(["video7", "video8"], "test", first=10))
+    write(tmp_path, "MSRVTT_train.9k.csv", "video_id\r\nvideo0\r\nvideo7\r\nvideo9\r\n")
+    write(tmp_path, "MSRVTT_train.7k.csv", "video_id\nvideo0\nvideo1\n")
+    assert [e.video for e in data.read_msrvtt_retrieval(tmp_path, "train")] == ["video0", "video0", "video7", "video7"]
+    assert "1 of its 3 videos have no caption" in capsys.readouterr().err
+    assert len(data.read_msrvtt_retrieval(tmp_path, "train", "7k")) == 4
+    assert [len(data.read_captions(tmp_path, split)) for split in ("train", "test")] == [4, 4]
+
+
+def test_msrvtt_1ka_test_has_one_caption_per_video(tmp_path):
+    rows = ["key,vid_key,video_id,sentence", 'ret0,msr1,video1,"a dog, running"', "ret1,msr2,video2,a cat"]
+    write(tmp_path, "MSRVTT_JSFUSION_test.csv", "\r\n".join(rows))
+    assert data.read_msrvtt_retrieval(tmp_path, "test")[0] == data.Example("ret0", "video1", "a dog, running")
+    write(tmp_path, "MSRVTT_JSFUSION_test.csv", "\n".join([*rows, "ret2,msr1,video1,again"]))
+    assert error(data.read_msrvtt_retrieval, tmp_path, "test").endswith(
+        "_test.csv:4: a second caption of 'video1', where this split has one per video")
+    write(tmp_path, "MSRVTT_JSFUSION_test.csv", "\n".join([*rows, 'ret2,msr3,video3,"an open quote', "ret3,m,v,n"]))
+    assert "_test.csv:" in error(data.read_msrvtt_retrieval, tmp_path, "test")
+
+
+@pytest.mark.parametrize("read", [data.read_msrvtt_retrieval, data.read_didemo, data.read_activitynet])
+def test_retrieval_jsonl(tmp_path, read):
+    write(tmp_path, "test.jsonl", [{"caption": "a  b", "clip_name": "v1"},
+                                   {"caption": "line\u2028break", "clip_name": "v2"}])
+    assert [(e.video, e.text) for e in read(tmp_path, "test")] == [("v1", "a b"), ("v2", "line break")]
+
+
+def test_msrvtt_qa_json_and_jsonl(tmp_path):
+    row = {"question": "who sings ?", "answer": "man", "video_id": 6513, "id": 4, "category_id": 3}
+    write(tmp_path, "val_qa.json", [row])
+    write(tmp_path, "msrvtt_qa_test.jsonl", [{**row, "video_id": "video6513", "answer_type": "who"}])
+    for split in ("val", "test"):
+        assert data.read_msrvtt_qa(tmp_path, split) == [data.Example("4", "video6513", "who sings ?", (), "man", "who")]
+
+
+def test_msrvtt_multiple_choice(tmp_path):
+    write(tmp_path, "msrvtt_mc_test.jsonl", [{"clip_name": "video1", "options": list("abcde"), "answer": 2}])
+    assert data.read_msrvtt_mc(tmp_path) == [data.Example("1", "video1", "", tuple("abcde"), 2)]
+
+
+def test_paragraphs(tmp_path):
+    moments = [("x.mov", "a cat."), ("y.mov", "b"), ("x.mov", "it sits")]
+    write(tmp_path, "val_data.json", [{"video": video, "description": text, "annotation_id": i, "times": []}
+                                      for i, (video, text) in enumerate(moments)])
+    assert [e.text for e in data.read_didemo(tmp_path, "val")] == ["a cat. it sits", "b"]
+    write(tmp_path, "val_1.json", {"v_a": {"duration": 3, "timestamps": [[0, 3]], "sentences": ["One.", "  Two."]}})
+    assert data.read_activitynet(tmp_path, "test") == [data.Example("v_a", "v_a", "One. Two.")]
+    (tmp_path / "val_1.json").unlink()
+    write(tmp_path, "val_1.csv", "video_id\tcaption\tstart\nv_a\tOne\t0\nv_b\tX\t0\nv_a\tTwo\t1\n")
+    assert [e.text for e in data.read_activitynet(tmp_path, "val")] == ["One Two", "X"]
+
+
+def vqa(folder, said, name="train2014"):
+    write(folder, f"v2_OpenEnded_mscoco_{name}_questions.json",
+          {"questions": [{"image_id": 9, "question": "How many ?", "question_id": 90}]})
+    write(folder, f"v2_mscoco_{name}_annotations.json",
+          {"annotations": [{"image_id": 9, "question_id": 90, "answer_type": "number",
+                            "answers": [{"answer": a, "answer_id": i} for i, a in enumerate(said)]}]})
+
+
+def test_vqa_soft_scores_and_official_accuracy(tmp_path):
+    vqa(tmp_path, ["2"] * 2 + ["Two."] + ["a dog", "the dog"] + ["3"] + ["dont know"] * 4)
+    example, = data.read_vqa(tmp_path, "train")
+    assert example.answer == {"2": 1, "dog": 2 / 3, "3": 1 / 3, "don't know": 1}
+    assert (example.video, example.kind, len(example.people)) == ("000000000009", "number", 10)
+    official = {"2": .9, "two": .9, "dog": .6, "3": .3, "don't know": 1, "cat": 0}  # 3 people: 3 x 2/3 + 7 x 1
+    assert {answer: pytest.approx(data.vqa_accuracy(answer, example)) for answer in official} == official
+    unanimous = example._replace(people=("two",) * 10)  # here the official script compares letter by letter
+    assert [data.vqa_accuracy(answer, unanimous) for answer in ("two", "2")] == [1, 0]
+
+
+def test_vqa_jsonl_and_test_falls_back_to_val(tmp_path):
+    vqa(tmp_path, ["yes"] * 10, "val2014")
+    assert data.read_vqa(tmp_path, "test")[0].answer == {"yes": 1}
+    write(tmp_path / "own", "vqa_test.jsonl",
+          [{"question": "is it ?", "question_id": 1, "image_id": 7, "labels": {"yes": 1, "no": .3}}])
+    example, = data.read_vqa(tmp_path / "own", "test")
+    assert data.vqa_accuracy("no", example) == .3
+
+
+@pytest.mark.parametrize("raw, spelt", [
+    ("A  Dog.", "dog"), ("1,000", "1000"), ("black/white", "black white"), ("none", "0"), ("cant", "can't"),
+    ("yes!", "yes"), ("3.5", "3.5"), ("t-shirt", "t shirt"), ("it's", "it's")])
+def test_answers_are_spelt_as_the_official_evaluation_spells_them(raw, spelt):
+    assert data.normalize_answer(" ".join(raw.split())) == spelt
+
+
+def test_answer_lists(tmp_path):
+    answers = ["b", "a", "c", "c", {"d": 1 / 3, "b": 1}]
+    examples = [data.Example(str(i), "v", "q", answer=answer) for i, answer in enumerate(answers)]
+    assert data.answer_list(examples, 3) == ["b", "c", "a"]
+    assert data.read_answer_list(tmp_path) is None
+    write(tmp_path, "train_ans2label.json", {"man": 1, "woman": 0})
+    assert data.read_answer_list(tmp_path) == ["woman", "man"]
+    for wrong in ({"a": 0, "b": 2}, {"a": 0, "b": 0}, {"a": False}, {"a": "0"}, {}):
+        write(tmp_path, "train_ans2label.json", wrong)
+        assert "each used once" in error(data.read_answer_list, tmp_path)
+
+
+def test_captions_for_pretraining(tmp_path, capsys):
+    coco = {"images": [{"id": 1, "file_name": "000000000001.jpg"}],
+            "annotations": [{"id": 5, "image_id": 1, "caption": "a dog\n"}, {"id": 6, "image_id": 1, "caption": " "}]}
+    write(tmp_path, "captions_train2014.json", coco)
+    write(tmp_path, "region_descriptions.json",
+          [{"id": 4, "regions": [{"region_id": 5, "image_id": 4, "phrase": "sky"}]}])
+    assert data.read_captions(tmp_path) == [data.Example("captions_train2014/5", "000000000001.jpg", "a dog"),
+                                            data.Example("region_descriptions/5", "4.jpg", "sky")]
+    assert "left out 1 of 3 rows, which have no caption; the first is " in capsys.readouterr().err
+    coco["annotations"][0]["image_id"] = 2
+    write(tmp_path, "captions_train2014.json", coco)
+    assert "annotations[0]: a caption of image 2, which is not among" in error(data.read_captions, tmp_path)
+
+
+def test_captions_of_ones_own(tmp_path):
+    write(tmp_path, "mine.csv", 'path,caption\nclips/a.mp4,"a, b"\nb.gif,c\n')
+    write(tmp_path, "coco_train.jsonl", [{"caption": "x", "coco_id": 7}, {"caption": ["y", "z"], "vg_id": 7}])
+    write(tmp_path, "mine_val.csv", "path,caption\nv.mp4,d\n")
+    assert [(e.video, e.text) for e in data.read_captions(tmp_path)] == [
+        ("000000000007", "x"), ("7.jpg", "y"), ("7.jpg", "z"), ("clips/a.mp4", "a, b"), ("b.gif", "c")]
+    assert [e.video for e in data.read_captions(tmp_path, "val")] == ["v.mp4"]
+
+
+# ---------------------------------------------------------------- what is wrong is named, with its line
+@pytest.mark.parametrize("line, what", [
+    (JUMPS.replace("\t0\t", "\t5\t"), "answer should be a whole number from 0 to 4, is '5'"),
+    (JUMPS.replace("\t0\t", "\t-1\t"), "is '-1'"),
+    (JUMPS.replace("\t0\t", "\t0.0\t"), "is '0.0'"),
+    (JUMPS.replace("\t0\t", "\t\t"), "is ''"),
+    (JUMPS.replace("\t0\t", "\t\u0663\t"), "whole number"),  # int() reads Arabic digits
+    (JUMPS.replace("\tnod", ""), "9 columns where the header has 10"),
+    (JUMPS + "\tmore", "11 columns"),
+    (JUMPS.replace("\tnod", "\t "), "option 4 is blank"),
+    (JUMPS.replace("What does the dog do ?", " "), "question is blank"),
+    (JUMPS.replace("ACTION2", "ACTION1"), "id 'ACTION1' is there twice"),
+    (JUMPS.replace("dog", "d\0g"), "byte 0x00"),
+    (JUMPS.replace("dog", "d" * 30_000), "question has 30,019 characters"),
+    (JUMPS.replace("dog", "d" * 200_000), "field larger than field limit"),
+    ("", "0 columns"),
+])
+def test_malformed_table_rows(tmp_path, line, what):
+    path = write(tmp_path, "Train_action_question.csv",
+                 f"{ACTION}\r\n{WAVES}\r\n{line}\r\n{JUMPS.replace('N2', 'N3')}\r\n")
+    message = error(data.read_tgif_qa, tmp_path, "action", "train")
+    assert message.startswith(f"{path}:3: ") and what in message
+
+
+@pytest.mark.parametrize("content, what", [
+    ("", ":1: no column gif_name, question, answer"),
+    (ACTION, "no examples"),
+    (f"{WAVES}\n{JUMPS}", ":1: no column"),
+    (f"{ACTION.replace('answer', 'solution')}\n{WAVES}", ":1: no column answer"),
+    (f"{ACTION.replace('a2', 'a1')}\n{WAVES}", ":1: two columns of one name"),
+    (f"{ACTION.replace('a2', 'b2')}\n{WAVES}", ":2: a2 is missing"),
+    (f"{ACTION}\n{WAVES}\n{JUMPS.replace('dog', 'chién')}".encode("latin-1"), ":3: byte 0xe9 is not UTF-8 text"),
+    (f"{ACTION}\n{WAVES}".encode("utf-16"), ":1: byte 0x"),
+])
+def test_malformed_tables(tmp_path, content, what):
+    write(tmp_path, "Train_action_question.csv", content)
+    assert what in error(data.read_tgif_qa, tmp_path, "action", "train")
+
+
+@pytest.mark.parametrize("line, what", [
+    ('{"question": "q", ', "not JSON"),
+    ('["question"]', "expected {key: value}, found list"),
+    ('{"question": 7, "answer": "a", "video_id": "v"}', "question should be text, is int"),
+    ('{"question": "q", "answer": 7, "video_id": "v"}', "answer should be text, is int"),
+    ('{"question": "q", "answer": null, "video_id": "v"}', "answer is missing"),
+    ('{"question": "q", "answer": "a", "answer": "b", "video_id": "v"}', "a key stands twice"),
+    ('{"question": "q", "answer": NaN, "video_id": "v"}', "answer should be text, is float"),
+    ('{"question": "q", "answer": "a"}', "video_id or clip_name is missing"),
+    ('{"question": "\\ud800", "answer": "a", "video_id": "v"}', "not text"),
+    ('{"question": "q\\u0000", "answer": "a", "video_id": "v"}', "not text"),
+    ('{"question": "q", "answer": {"a": []}, "video_id": "v"}', "answer should be text, is dict"),
+    ('{"question": "q", "answer": "a", "video_id": true}', "video_id should be text, is bool"),
+    ("[" * 100_000, "recursion"),
+    ("9" * 5000, "digits"),
+    ("", "not JSON"),
+])
+def test_malformed_jsonl_rows(tmp_path, line, what):
+    good = '{"question": "q ?", "answer": "a", "video_id": "v"}'
+    path = write(tmp_path, "train.jsonl", f"{good}\r\n{line}\n{good}\n\n")
+    message = error(data.read_msrvtt_qa, tmp_path, "train")
+    assert message.startswith(f"{path}:2: ") and what in message
+
+
+@pytest.mark.parametrize("answer", [True, 2.0, "1_0", -1, 5, [1], None, 10**30])
+def test_an_answer_that_is_no_index_is_never_guessed(tmp_path, answer):
+    write(tmp_path, "mc_test.jsonl", [{"clip_name": "v", "options": list("abcde"), "answer": answer}])
+    assert "mc_test.jsonl:1: answer" in error(data.read_msrvtt_mc, tmp_path)
+
+
+def test_vqa_files_that_do_not_match(tmp_path):
+    vqa(tmp_path, ["yes"] * 9)
+    assert "annotations[0]: expected the answers of ten people, found 9" in error(data.read_vqa, tmp_path, "train")
+    write(tmp_path, "v2_mscoco_train2014_annotations.json", {"annotations": []})
+    assert "questions[0]: question_id 90 has no match" in error(data.read_vqa, tmp_path, "train")
+    write(tmp_path, "v2_mscoco_train2014_annotations.json", {"annotations": {}})
+    assert "expected a list, found dict" in error(data.read_vqa, tmp_path, "train")
+
+
+def test_missing_and_ambiguous_files(tmp_path):
+    message = error(data.read_tgif_qa, tmp_path / "nowhere", "action", "train")
+    assert "nowhere: no annotation file; looked for Train_action_question*.csv" in message
+    assert "no val captions; looked for *captions_val*.json" in error(data.read_captions, tmp_path, "val")
+    write(tmp_path, "train_data.a.json", [])
+    write(tmp_path, "train_data.b.json", [])
+    assert "train_data.a.json and train_data.b.json all fit" in error(data.read_didemo, tmp_path, "train")
+    write(tmp_path, "train_data.json", [{"video": "v", "description": "d", "annotation_id": 1}])  # the public name wins
+    assert len(data.read_didemo(tmp_path, "train")) == 1
+
+
+def test_random_damage_never_ends_in_a_traceback(tmp_path):
+    """Bytes swapped, dropped, doubled: a list of examples or one DataError."""
+    coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 5, "image_id": 1, "caption": "a dog"}]}
+    vqa(tmp_path, ["yes"] * 9 + ["no"])
+    files = {write(tmp_path, "Train_action_question.csv", f"{ACTION}\r\n{WAVES}\n{JUMPS}\n"):
+             lambda: data.read_tgif_qa(tmp_path, "action", "train"),
+             write(tmp_path, "captions_train.json", coco): lambda: data.read_captions(tmp_path),
+             write(tmp_path, "val_1.json", {"v": {"sentences": ["a", "b"]}}):
+             lambda: data.read_activitynet(tmp_path, "val"),
+             tmp_path / "v2_mscoco_train2014_annotations.json": lambda: data.read_vqa(tmp_path, "train")}
+    rng, refused = random.Random(0), 0
+    for path, read in files.items():
+        whole = path.read_bytes()
+        for _ in range(100):
+            a, b = sorted(rng.choices(range(len(whole)), k=2))
+            junk = rng.choice([b"", b"\0", b"\t", b"\n", b'"', b"]", b"\xff", b"[", b"9", b"\r", b"null",
+                               whole[a:b] * 2])
+            path.write_bytes(whole[:a] + junk + whole[b if rng.random() < .5 else a + 1:])
+            try:
+                assert all(isinstance(example, data.Example) for example in read())
+            except data.DataError as refusal:
+                refused += 1
+                assert str(refusal).startswith(str(tmp_path)) and "\n" not in str(refusal)
+        path.write_bytes(whole)
+    assert refused > 200
+
+
+# ---------------------------------------------------------------- names to files
+def test_find_media(tmp_path):
+    for name in ("gifs/tumblr_1.gif", "videos/video0.mp4", "images/COCO_val2014_000000000009.jpg", "a.jpg",
+                 "x/y z.webm", "images/000000000007.jpg", "videos/b.mov.mp4", "4.mp4", "videos/v.m3u8", "-x.mp4"):
+        write(tmp_path, name, "")
+    for name, found in {"tumblr_1": "gifs/tumblr_1.gif", "tumblr_1.gif": "gifs/tumblr_1.gif",
+                        "video0": "videos/video0.mp4", "video0.avi": "videos/video0.mp4",
+                        "videos/video0.mp4": "videos/video0.mp4", "a.JPG": "a.jpg",
+                        "000000000009": "images/COCO_val2014_000000000009.jpg", "x/y z.webm": "x/y z.webm",
+                        "COCO_train2014_000000000007.jpg": "images/000000000007.jpg", "b.mov": "videos/b.mov.mp4",
+                        "-x.mp4": "-x.mp4"}.items():
+        assert data.find_media(tmp_path, name) == tmp_path / found, name
+    long = "x" * 5000
+    for name in ("video1", "4.jpg", "v", "v.m3u8", "9", "video0.mp4/", "", ".", long, long + "/y", "concat:a|b"):
+        assert data.find_media(tmp_path, name) is None, name[:20]
+    assert data.find_media(tmp_path, "video0", suffixes=(".gif",)) is None
+
+
+@pytest.mark.parametrize("name", [
+    "../secret.mp4", "videos/../../secret.mp4", "/etc/passwd", "..\\secret.mp4", "C:\\secret.mp4",
+    "\\\\host\\secret.mp4",
+    "a\0.mp4", "linked", "away/secret.mp4"])
+def test_media_names_never_leave_the_folder(tmp_path, name):
+    write(tmp_path, "secret.mp4", "")
+    write(tmp_path, "data/own.mp4", "")
+    (tmp_path / "data/linked.mp4").symlink_to(tmp_path / "secret.mp4")
+    (tmp_path / "data/away").symlink_to(tmp_path)
+    (tmp_path / "data/inside.mp4").symlink_to("own.mp4")
+    assert "data folder" in error(data.find_media, tmp_path / "data", name)
+    assert data.find_media(tmp_path / "data", "inside")
+
+
+# ---------------------------------------------------------------- the verbatim samples
+def captions(folder):
+    return data.read_captions(folder)
+
+
+def tgif(kind, split):
+    return lambda folder: data.read_tgif_qa(folder, kind, split)
+
+
+def of(read, split):
+    return lambda folder: read(folder, split)
+
+
+SAMPLES = [  # file(s), the name they take where theirs differs from the public one, reader, examples in the file
+    *[([f"tgif_qa/{s}_{k}_question.csv"], {}, tgif(k, s.lower()), 200) for s, k in (
+        ("Test", "action"), ("Test", "transition"), ("Test", "frameqa"), ("Test", "count"),
+        ("Train", "action"), ("Train", "count"))],
+    (["msrvtt_retrieval/MSRVTT_JSFUSION_test.csv"], {}, of(data.read_msrvtt_retrieval, "test"), 1000),
+    (["msrvtt_retrieval/MSRVTT_train.7k.csv", "msrvtt_retrieval/train_val_videodatainfo.first200videos.json"], {},
+     lambda folder: data.read_msrvtt_retrieval(folder, "train", "7k"), 4000),
+    (["msrvtt_retrieval/train_val_videodatainfo.first200videos.json"], {}, captions, 4000),
+    (["msrvtt_retrieval/test_videodatainfo.first200videos.json"], {}, of(data.read_captions, "test"), 4000),
+    (["msrvtt_retrieval/msrvtt_caption_test.first200.json"], {}, of(data.read_captions, "test"), 4000),
+    (["msrvtt_qa/msrvtt_qa_val.jsonl"], {}, of(data.read_msrvtt_qa, "val"), 200),
+    *[([f"msvd_qa/{s}_qa.first200.json"], {}, of(data.read_msrvtt_qa, s), 200) for s in ("train", "val", "test")],
+    (["didemo/val_data.first200.json"], {}, of(data.read_didemo, "val"), 181),  # videos of its 200 descriptions
+    (["didemo/test_data.first200.json"], {}, of(data.read_didemo, "test"), 174),
+    (["activitynet_captions/train.first200videos.json"], {}, of(data.read_activitynet, "train"), 200),
+    (["activitynet_captions/val_1.first200videos.json"], {}, of(data.read_activitynet, "test"), 200),
+    (["activitynet_captions/val_2.first200videos.json"], {}, of(data.read_activitynet, "val_2"), 200),
+    (["activitynet_captions/val_1.csv"], {}, of(data.read_activitynet, "test"), 56),  # videos of its 200 sentences
+    *[([f"vqa_v2/questions_{s}.first200.json", f"vqa_v2/annotations_{s}.first200.json"], {},
+       of(data.read_vqa, s.removesuffix("id")), 200) for s in ("train", "valid", "test")],
+    (["vqa_v2/official_toplevel_questions.json", "vqa_v2/official_toplevel_annotations.json"],
+     {"official_toplevel": "v2_train2014"}, of(data.read_vqa, "train"), 3),
+    (["coco_captions/captions_val2017.first200images.json"], {}, of(data.read_captions, "val"), 1001),
+    (["coco_captions/coco_mini_captions_train2017.json"], {}, captions, 400),
+    (["coco_captions/coco_mini_captions_val2017.json"], {}, of(data.read_captions, "val"), 395),
+]
+
+
+@pytest.mark.skipif(not (SHARED / "annotations").is_dir(), reason=f"no sample annotations at {SHARED / 'annotations'}")
+@pytest.mark.parametrize("files, rename, read, count", SAMPLES, ids=[sample[0][-1] for sample in SAMPLES])
+def test_samples_parse_to_exactly_their_examples(tmp_path, files, rename, read, count):
+    for name in files:  # alone, so that nothing else in the folder can stand in
+        public = Path(name).name
+        for old, new in rename.items():
+            public = public.replace(old, new)
+        shutil.copyfile(SHARED / "annotations" / name, tmp_path / public)
+    examples = read(tmp_path)
+    assert len(examples) == count == len({example.id for example in examples})
+
+
+@pytest.mark.skipif(not (SHARED / "annotations").is_dir(), reason=f"no sample annotations at {SHARED / 'annotations'}")
+def test_sample_folders_read_as_they_lie():
+    folder = SHARED / "annotations"
+    assert len(data.read_activitynet(folder / "activitynet_captions", "train")) == 200
+    assert len(data.read_msrvtt_retrieval(folder / "msrvtt_retrieval", "train")) == 6500  # 325 listed videos are there
+    example = data.read_tgif_qa(folder / "tgif_qa", "transition", "test")[0]
+    assert len(example.options) == 5 and example.video.startswith("tumblr_")
+    for name in ("train", "val"):
+        assert all(data.find_media(folder / "vqa_v2", e.video) for e in data.read_vqa(folder / "vqa_v2", name)
+                   if e.video in ("000000458752", "000000262148", "000000393225"))
+
+
+@pytest.mark.skipif(not (SHARED / "real").is_dir(), reason=f"no small real data sets at {SHARED / 'real'}")
+def test_real_sets_read_and_all_their_media_is_found():
+    real = SHARED / "real"
+    found = {"coco_captions": data.read_captions(real / "coco_captions"),
+             "msrvtt": [e for split in ("train", "test") for e in data.read_msrvtt_retrieval(real / "msrvtt", split)],
+             "tgif_qa": [e for kind in ("action", "transition", "frameqa", "count")
+                         for e in data.read_tgif_qa(real / "tgif_qa", kind, "train")]}
+    assert [len(examples) for examples in found.values()] == [600, 40, 4]
+    assert all(data.find_media(real / name, e.video) for name, examples in found.items() for e in examples)

@@ -1,0 +1,438 @@
+"""Media reading: sampling and resizing against the reference's numbers, and every frame against a full decode."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data as media
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+VIDEOS, GOLDEN = SHARED / "videos", SHARED / "golden"
+needs_videos = pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"the odd real files are not here: {VIDEOS}")
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the reference's numbers are not here: {GOLDEN}")
+
+# From the reference decoder: (num_frames, fps, n_frames, target_fps, n_clips, clip, selected frames).
+ROWS = [
+    (1, 25.0, 2, 1, 4, 1, [0, 0]), (1, 25.0, 2, 2, 16, 0, [0, 0]), (1, 25.0, 2, 2, 16, 4, [0, 0]),
+    (1, 25.0, 3, 3, 16, 4, [0, 0, 0]), (1, 25.0, 4, 2, 2, 0, [0, 0, 0, 0]), (1, 25.0, 4, 2, 16, 2, [0, 0, 0, 0]),
+    (1, 25.0, 4, 2, 16, 12, [0, 0, 0, 0]), (7, 25.0, 1, 1, 4, 0, [0]), (7, 25.0, 2, 2, 8, 4, [0, 6]),
+    (7, 25.0, 2, 2, 16, 10, [0, 6]), (7, 25.0, 3, 3, 2, 1, [0, 6, 6]), (7, 25.0, 4, 2, 16, 2, [0, 6, 6, 6]),
+    (20, 10.0, 1, 1, 16, 0, [0]), (20, 10.0, 2, 1, 4, 3, [0, 19]), (20, 10.0, 2, 1, 8, 4, [0, 19]),
+    (20, 10.0, 2, 1, 16, 2, [0, 19]), (20, 10.0, 2, 2, 16, 12, [8, 17]), (20, 10.0, 3, 3, 2, 0, [0, 4, 9]),
+    (20, 10.0, 3, 3, 4, 0, [0, 4, 9]), (20, 10.0, 3, 3, 4, 2, [5, 9, 14]), (20, 10.0, 4, 2, 8, 6, [0, 6, 12, 19]),
+    (90, 30.0, 1, 1, 8, 0, [0]), (90, 30.0, 1, 1, 16, 4, [15]), (90, 30.0, 1, 1, 16, 8, [30]),
+    (90, 30.0, 2, 1, 16, 2, [4, 63]), (90, 30.0, 2, 2, 16, 4, [15, 44]), (90, 30.0, 2, 2, 16, 10, [38, 67]),
+    (300, 30.0, 1, 1, 4, 0, [0]), (300, 30.0, 1, 1, 8, 6, [203]), (300, 30.0, 2, 2, 4, 2, [135, 164]),
+    (300, 30.0, 2, 2, 8, 4, [135, 164]), (300, 30.0, 2, 2, 16, 2, [34, 63]), (300, 30.0, 2, 2, 16, 6, [102, 131]),
+    (300, 30.0, 3, 3, 16, 0, [0, 14, 29]), (372, 29.97, 1, 1, 8, 0, [0]), (372, 29.97, 1, 1, 16, 0, [0]),
+    (372, 29.97, 2, 1, 16, 6, [118, 176]), (372, 29.97, 2, 2, 4, 0, [0, 28]), (372, 29.97, 2, 2, 16, 10, [214, 242]),
+    (372, 29.97, 3, 3, 4, 1, [86, 100, 114]),
+]  # fmt: skip
+
+
+def sample(num_frames, fps, n_clips, n_frames, target_fps, train=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return media.sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("num_frames, fps, n_frames, target_fps, n_clips, clip, expected", ROWS)
+def test_uniform_clips_equal_the_reference(num_frames, fps, n_frames, target_fps, n_clips, clip, expected):
+    assert sample(num_frames, fps, n_clips, n_frames, target_fps)[clip].tolist() == expected
+
+
+@needs_golden
+def test_all_uniform_clips_equal_the_reference():
+    rows = json.loads((GOLDEN / "sampling.json").read_text())["decode_mock"]
+    # One clip: ours is the middle, as in the paper. tick == 1: the reference rounds times to whole frames there.
+    rows = [row for row in rows if row[6] == "clips" and row[7][0] >= 2 and row[2] > 1]
+    assert len(rows) > 300
+    for num_frames, fps, _, n_frames, target_fps, _, _, (n_clips, clip), expected in rows:
+        assert sample(num_frames, fps, n_clips, n_frames, target_fps)[clip].tolist() == expected
+
+
+def test_one_test_clip_is_the_middle():
+    assert sample(300, 30.0, 1, 2, 2).tolist() == [[135, 164]]
+
+
+@pytest.mark.parametrize("num_frames, fps", [(1, 1.0), (3, 30.0), (300, 30.0), (300, 0.2), (7, 100.0)])
+@pytest.mark.parametrize("n_frames, target_fps", [(1, 1), (2, 2), (4, 2), (16, 1)])
+def test_training_clips(num_frames, fps, n_frames, target_fps):
+    clips = sample(num_frames, fps, 50, n_frames, target_fps, train=True)
+    assert clips.shape == (50, n_frames) and clips.dtype == torch.int64
+    assert clips.min() >= 0 and clips.max() < num_frames
+    assert (clips.diff(dim=1) >= 0).all()
+    assert clips.equal(sample(num_frames, fps, 50, n_frames, target_fps, train=True))
+    if (num_frames, fps, n_frames) == (300, 30.0, 2):
+        assert len(clips[:, 0].unique()) > 20  # really random
+
+
+# ---------------------------------------------------------------- resizing
+
+
+@pytest.mark.parametrize(
+    "height, width, size, expected",
+    [(240, 320, 448, (336, 448)), (360, 640, 224, (126, 224)), (360, 640, 1000, (562, 1000)),
+     (1000, 999, 1000, (1000, 999)), (9, 7, 24, (24, 18)), (1, 5000, 16, (1, 16))],
+)  # fmt: skip
+def test_resized_shape(height, width, size, expected):
+    assert media.resized_shape(height, width, size) == expected
+    assert media.resized_shape(width, height, size) == expected[::-1]
+
+
+def test_resize_and_pad_by_hand():
+    # 2x4 -> 4x8: bilinear weights 1/4 and 3/4; the lower half is padding.
+    frame = torch.tensor([[0.0, 40.0, 80.0, 120.0], [0.0, 40.0, 80.0, 120.0]]).expand(5, 3, 2, 4)
+    row = [0.0, 10.0, 30.0, 50.0, 70.0, 90.0, 110.0, 120.0]
+    result = media.resize_and_pad(frame, 8)
+    assert result.shape == (5, 3, 8, 8)
+    torch.testing.assert_close(result[4, 2, :4], torch.tensor([row] * 4))
+    assert (result[:, :, 4:] == 0).all()
+    as_bytes = media.resize_and_pad(frame.byte(), 8)
+    assert as_bytes.dtype == torch.uint8 and as_bytes.equal(result.byte())
+    assert media.resize_and_pad(frame[0].transpose(1, 2), 8)[:, :, 4:].eq(0).all()  # tall: padded on the right
+
+
+@needs_golden
+def test_resizing_equals_the_reference():
+    for h, w, size, expected in json.loads((GOLDEN / "sampling.json").read_text())["get_resize_size"]:
+        assert media.resized_shape(h, w, size) == tuple(expected)
+    tensors = pytest.importorskip("safetensors.torch").load_file(GOLDEN / "preprocess.safetensors")
+    for name in ("wide_down", "tall_up", "square", "wide_odd"):
+        expected = tensors[f"{name}/padded"]
+        torch.testing.assert_close(media.resize_and_pad(tensors[f"{name}/in"], expected.shape[-1]), expected)
+
+
+# ---------------------------------------------------------------- videos that carry their frame numbers
+
+H, W, SIZE = 48, 64, 64  # 3 x 4 blocks of 16 pixels, each one bit of the frame's number
+
+
+def numbered(i):
+    bits = np.array([(i >> b) & 1 for b in range(12)], np.uint8).reshape(3, 4)
+    return np.repeat(np.kron(bits * 200 + 20, np.ones((16, 16), np.uint8))[:, :, None], 3, axis=2)
+
+
+def numbers(frames):
+    """uint8 (N, 3, SIZE, SIZE) -> the numbers that the frames carry."""
+    assert frames.dtype == torch.uint8 and frames.shape[1:] == (3, SIZE, SIZE)
+    assert (frames[:, :, H:] == 0).all()  # the padding
+    bits = frames[:, 0, 8:H:16, 8::16].flatten(1) > 110
+    return (bits * 2 ** torch.arange(12)).sum(1).tolist()
+
+
+def ffmpeg(*arguments, stdin=None):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, check=True, timeout=60).stdout
+
+
+def make_video(path, n=100, *options, fps=25, before=()):
+    frames = b"".join(numbered(i).tobytes() for i in range(n))
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", fps, "-i", "-"]
+    ffmpeg(*before, *source, "-pix_fmt", "yuv420p", *options, path, stdin=frames)
+    return path
+
+
+X264 = ["-c:v", "libx264", "-preset", "ultrafast", "-bf", "3", "-b_strategy", "0"]
+MANY = [99, 0, 41, 41, 7, 98, 60, 1, 42]
+
+
+@pytest.fixture
+def seeking(monkeypatch):
+    """Treat every video as a long one, with a seek for almost every frame."""
+    monkeypatch.setattr(media, "LONG_VIDEO", 0.0)
+    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+
+
+@pytest.mark.parametrize("gop", [5, 250])
+@pytest.mark.parametrize("fps", ["25", "30000/1001"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".ts", ".flv"])
+def test_every_frame_of_a_constant_rate_video(tmp_path, suffix, fps, gop):
+    codec = ["-c:v", "mpeg4", "-q:v", 2, "-bf", 2] if suffix == ".avi" else X264
+    path = make_video(tmp_path / f"video{suffix}", 100, *codec, "-g", gop, fps=fps)
+    found = media.probe(path)
+    assert found[:4] == (100, pytest.approx(eval(fps), abs=1e-6), W, H)
+    assert numbers(media.read_frames(path, range(100), SIZE)) == list(range(100))
+    assert numbers(media.read_frames(path, MANY, SIZE)) == MANY
+
+
+@pytest.mark.parametrize("gop", [5, 250])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_seeking_finds_the_same_frames(tmp_path, seeking, suffix, gop):
+    path = make_video(tmp_path / f"video{suffix}", 100, *X264, "-g", gop, fps="30000/1001")
+    assert numbers(media.read_frames(path, MANY, SIZE)) == MANY
+    assert numbers(media.read_frames(path, range(3, 100, 16), SIZE)) == list(range(3, 100, 16))
+
+
+VFR = "settb=1/1000,setpts='(N*0.04+N*N*0.002)/TB'"  # frame i begins at .04 i + .002 i^2 seconds: ever slower
+
+
+@pytest.mark.parametrize("seek", [False, True])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_rate_follows_the_clock(tmp_path, monkeypatch, suffix, seek):
+    if seek:
+        monkeypatch.setattr(media, "LONG_VIDEO", 0.0)
+        monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    options = ["-vf", VFR, "-fps_mode", "vfr", "-enc_time_base", "1/1000", *X264, "-g", 12]
+    path = make_video(tmp_path / f"video{suffix}", 50, *options)
+    found = media.probe(path)
+    begins = [0.04 * i + 0.002 * i * i for i in range(50)]
+    indices = range(0, found.num_frames, 3)
+    shown = [max(j for j in range(50) if begins[j] <= i / found.fps + 0.002) for i in indices]
+    assert numbers(media.read_frames(path, indices, SIZE)) == shown
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_video_that_begins_after_its_sound(tmp_path, monkeypatch, long):
+    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
+    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    silent = make_video(tmp_path / "silent.mp4", 50, *X264)
+    path = tmp_path / "late.mkv"
+    sound = ["-f", "lavfi", "-i", "sine=duration=2"]
+    ffmpeg(*sound, "-itsoffset", 0.4, "-i", silent, "-map", "1:v", "-map", "0:a", "-c:v", "copy", path)
+    assert media.probe(path).num_frames == 50
+    assert numbers(media.read_frames(path, [0, 1, 20, 49], SIZE)) == [0, 1, 20, 49]
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_edit_list(tmp_path, monkeypatch, long):
+    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
+    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    whole = make_video(tmp_path / "whole.mp4", 100, *X264, "-g", 25)
+    path = tmp_path / "cut.mp4"  # cut at 1.48 s without re-encoding: the file keeps frame 25, an edit list hides it
+    ffmpeg("-ss", 1.48, "-i", whole, "-c", "copy", path)
+    assert numbers(media.read_frames(path, [0, 1, 30, 60], SIZE)) == [37, 38, 67, 97]
+
+
+def test_length_is_counted_where_the_header_lacks_it(tmp_path):
+    path = tmp_path / "piped.mkv"
+    path.write_bytes(ffmpeg("-i", make_video(tmp_path / "a.mkv", 40, *X264), "-c", "copy", "-f", "matroska", "pipe:1"))
+    assert media.probe(path).num_frames == 40
+    assert numbers(media.read_frames(path, [39, 0], SIZE)) == [39, 0]
+
+
+def test_rotation(tmp_path):
+    plain, turned = make_video(tmp_path / "plain.mp4", 5, *X264), tmp_path / "turned.mp4"
+    ffmpeg("-display_rotation", 90, "-i", plain, "-c", "copy", turned)  # counter-clockwise
+    assert media.probe(turned)[2:4] == (H, W)
+    frame = media.read_frames(turned, [3], SIZE)[0]
+    assert (frame[:, :, H:] == 0).all()
+    expected = torch.rot90(media.read_frames(plain, [3], SIZE)[0, :, :H], 1, (1, 2))
+    assert (frame[:, :, :H].int() - expected.int()).abs().float().mean() < 3
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_truncated_video_repeats_its_last_frame(tmp_path, monkeypatch, long):
+    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
+    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    path = make_video(tmp_path / "video.mp4", 100, *X264, "-g", 10, "-movflags", "faststart")
+    data = path.read_bytes()
+    path.write_bytes(data[: (data.index(b"mdat") * 4 + len(data) * 6) // 10])  # 60% of the pictures
+    assert media.probe(path).num_frames == 100  # so the header claims
+    found = numbers(media.read_frames(path, [5, 20, 95, 99], SIZE))
+    assert found[:2] == [5, 20] and 30 < found[2] == found[3] < 95
+
+
+def test_colours_and_scaling(tmp_path):
+    path = tmp_path / "colours.mp4"
+    pixels = np.zeros((2, 40, 80, 3), np.uint8)
+    pixels[:, :, :40], pixels[:, :, 40:] = (220, 30, 40), (20, 40, 230)
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "80x40", "-i", "-"]
+    ffmpeg(*source, "-pix_fmt", "yuv444p", *X264, path, stdin=pixels.tobytes())
+    frame = media.read_frames(path, [0], 32)[0].int()
+    assert frame.shape == (3, 32, 32) and (frame[:, 16:] == 0).all()
+    for x, colour in ((4, (220, 30, 40)), (28, (20, 40, 230))):
+        assert (frame[:, 8, x] - torch.tensor(colour)).abs().max() < 8
+
+
+@pytest.mark.parametrize("name", ["-y.mp4", "a:b.mp4", "100%03d.mp4", "http:x [0].mp4", "no_suffix", "it's é.gif"])
+def test_odd_names(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(make_video(tmp_path / "video.mp4", 5, *X264).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert numbers(media.read_frames(name, [4, 2], SIZE)) == [4, 2]
+
+
+def test_read_clips_and_what_is_remembered(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "video.mp4", 100, *X264)
+    clips = media.read_clips(path, 4, 2, 2, SIZE, train=False)
+    assert clips.shape == (4, 2, 3, SIZE, SIZE) and clips.is_contiguous()
+    assert [numbers(c) for c in clips] == media.sample_clips(100, 25.0, 4, 2, 2, False).tolist()
+    assert media.read_frames(path, [], SIZE).shape == (0, 3, SIZE, SIZE)
+    monkeypatch.setattr(media, "_ffmpeg", None)
+    assert media.probe(str(path)).num_frames == 100  # no second process
+    monkeypatch.undo()
+    make_video(path, 30, *X264)
+    assert media.probe(path).num_frames == 30  # unless the file has changed
+
+
+# ---------------------------------------------------------------- images and animations
+
+
+def make_gif(path, n=8, duration=50, **options):
+    images = [Image.fromarray(numbered(i)) for i in range(n)]
+    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
+    return path
+
+
+def test_gif(tmp_path):
+    path = make_gif(tmp_path / "called.mp4", 8, 50)  # content decides, not the name
+    assert media.probe(path) == (8, pytest.approx(20.0), W, H, 0.0, "pillow")
+    assert numbers(media.read_frames(path, [7, 0, 3, 3], SIZE)) == [7, 0, 3, 3]
+
+
+def test_gif_delays(tmp_path):
+    path = make_gif(tmp_path / "a.gif", 4, [300, 0, 100, 300])  # 0 counts as 100: frames begin at 0, .3, .4, .5 s
+    assert media.probe(path)[:2] == (4, pytest.approx(5.0))
+    assert numbers(media.read_frames(path, range(4), SIZE)) == [0, 0, 2, 3]  # at 0, .2, .4, .6 s
+
+
+@pytest.mark.parametrize("kept", [0.6, 0.1])
+def test_truncated_gif(tmp_path, kept):
+    path = make_gif(tmp_path / "a.gif", 20)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    found = media.probe(path)
+    assert 0 < found.num_frames < 20
+    assert numbers(media.read_frames(path, range(found.num_frames), SIZE)) == list(range(found.num_frames))
+
+
+@pytest.mark.parametrize("format", ["WEBP", "PNG"])
+def test_other_animations(tmp_path, format):
+    path = tmp_path / "a"
+    images = [Image.fromarray(numbered(i)) for i in range(6)]
+    images[0].save(path, format, save_all=True, append_images=images[1:], duration=40, lossless=True)
+    assert media.probe(path)[:2] == (6, pytest.approx(25.0))
+    assert numbers(media.read_frames(path, [5, 2], SIZE)) == [5, 2]
+
+
+def red(mode):
+    return Image.new("RGB", (4, 2), (255, 0, 0)).convert(mode)
+
+
+STILLS = {
+    "rgb.png": (red("RGB"), (255, 0, 0)),
+    "palette.png": (red("P"), (255, 0, 0)),
+    "cmyk.jpg": (red("CMYK"), (254, 0, 0)),
+    "grey.bmp": (Image.new("L", (4, 2), 77), (77, 77, 77)),
+    "bilevel.png": (Image.new("1", (4, 2), 1), (255, 255, 255)),
+    "grey16.png": (Image.fromarray(np.full((2, 4), 100 * 256 + 9, np.uint16)), (100, 100, 100)),
+    "clear.png": (Image.new("RGBA", (4, 2), (9, 9, 9, 0)), (255, 255, 255)),
+    "half.webp": (Image.new("RGBA", (4, 2), (0, 0, 0, 128)), (127, 127, 127)),
+    "one.gif": (red("P"), (255, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", STILLS)
+def test_still_images(tmp_path, name):
+    image, colour = STILLS[name]
+    image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    assert media.probe(tmp_path / name) == (1, 1.0, 4, 2, 0.0, "pillow")
+    frame = media.read_clips(tmp_path / name, 1, 2, 2, 8, train=True)[0, 1].int()
+    assert (frame[:, :4] - torch.tensor(colour)[:, None, None]).abs().max() <= 1
+    assert (frame[:, 4:] == 0).all()
+
+
+def test_exif_orientation(tmp_path):
+    image = Image.fromarray(np.kron([[250, 0], [0, 0], [0, 0]], np.ones((16, 16))).astype(np.uint8))  # 32 x 48
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise: the white corner moves to the right
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert media.probe(tmp_path / "a.jpg")[2:4] == (48, 32)
+    frame = media.read_frames(tmp_path / "a.jpg", [0], 48)[0, 0]
+    assert frame[8, 40] > 230 and frame[8, 8] < 20 and frame[24, 40] < 20
+
+
+# ---------------------------------------------------------------- bad input: one line that names the file
+
+
+def save_sound(path):
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-f", "wav", path)
+
+
+def save_playlist(path):
+    video = make_video(path.parent / "other.mp4", 3, *X264)
+    path.write_text(f"#EXTM3U\n#EXTINF:1,\n{video}\n#EXT-X-ENDLIST\n")
+
+
+def save_concat(path):
+    make_video(path.parent / "other.mp4", 3, *X264)
+    path.write_text("ffconcat version 1.0\nfile other.mp4\n")
+
+
+def save_giant_gif(path, side):
+    data = bytearray(make_gif(path, 2).read_bytes())
+    data[6:10] = side.to_bytes(2, "little") * 2
+    path.write_bytes(data)
+
+
+BAD = {
+    "no such file": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "check the path": lambda path: path.mkdir(),
+    "no readable video stream": save_sound,
+    "not a readable": lambda path: path.write_text("hello\n" * 99),
+    "not a readable image": lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(99)),
+    "Invalid data": save_playlist,
+    "Invalid argument": save_concat,
+    "too many": lambda path: save_giant_gif(path, 8192),
+    "no readable video": lambda path: save_giant_gif(path, 60000),
+    "9000x1 pixels": lambda path: Image.new("L", (9000, 1)).save(path, "PNG"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("message", BAD)
+def test_bad_files(tmp_path, message):
+    path = tmp_path / "bad.mp4"
+    BAD[message](path)
+    with pytest.raises(media.DataError, match=message) as caught:
+        media.read_clips(path, 2, 2, 2, SIZE, train=False)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_decodes(tmp_path):
+    path = make_video(tmp_path / "video.mp4", 30, *X264, "-movflags", "faststart")
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"mdat") + 8])
+    with pytest.raises(media.DataError, match="no frame could be decoded"):
+        media.read_frames(path, [0, 3], SIZE)
+
+
+def test_time_limit(tmp_path, monkeypatch):
+    path, gif = make_video(tmp_path / "video.mp4", 30, *X264), make_gif(tmp_path / "a.gif")
+    monkeypatch.setattr(media, "TIME_LIMIT", 0.0)
+    for slow in (path, gif):
+        with pytest.raises(media.DataError, match="over 0 s"):
+            media.probe(slow)
+
+
+# ---------------------------------------------------------------- odd files met in the wild
+
+
+REAL = json.loads((VIDEOS / "manifest.json").read_text())["files"] if VIDEOS.is_dir() else []
+
+
+@needs_videos
+@pytest.mark.parametrize("entry", REAL, ids=lambda entry: entry["file"])
+def test_odd_real_files(entry):
+    path = VIDEOS / entry["file"]
+    if not entry["width"] and path.suffix != ".webp":
+        with pytest.raises(media.DataError, match="no readable video stream" if path.suffix == ".mp3" else "empty"):
+            media.probe(path)
+        return
+    found = media.probe(path)
+    if path.suffix != ".webp":
+        size = (entry["width"], entry["height"])
+        assert found[2:4] == (size[::-1] if abs(entry["rotation"][0]) == 90 else size)
+        assert abs(found.num_frames - max(entry["frames_decoded"], entry["frames_header"])) <= 1
+    clips = media.read_clips(path, 2, 2, 2, SIZE, train=False)
+    assert clips.shape == (2, 2, 3, SIZE, SIZE) and clips.max() > 0
+    last = media.read_frames(path, [found.num_frames - 1, 0], SIZE)
+    assert last.shape == (2, 3, SIZE, SIZE)
