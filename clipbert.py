@@ -379,8 +379,8 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
     """
     warmup = int(warmup_ratio * total_steps)
     if step < warmup:
-        return peak * step / warmup or 1e-8
-    return peak * max(total_steps - step, 0) / max(total_steps - warmup, 1) or 1e-8
+        return peak * (step / warmup) or 1e-8
+    return peak * (max(total_steps - step, 0) / max(total_steps - warmup, 1)) or 1e-8
 
 
 # ----------------------------------------------------------------------------------------------------------------------

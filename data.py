@@ -1050,7 +1050,7 @@ class ToyVideo(NamedTuple):
     action: str  # done `times` times, ...
     times: int  # 2..5
     last: str  # ... and then this, once
-    timeline: list  # for each frame (action or None, repetitions completed so far)
+    timeline: list  # for each frame (action or None, repetitions so far)
 
     @property
     def subject(self):
@@ -1064,9 +1064,11 @@ def toy_video(name, rng):
     idle = [1] * (len(acts) + 1)  # frames of rest before, between and after the acts; the spare ones fall at random
     for _ in range(TOY_FRAMES - TOY_BUSY - TOY_LAST - len(idle)):
         idle[rng.randrange(len(idle))] += 1
-    timeline = [(None, 0)] * idle[0]
-    for i, (act, length) in enumerate(acts):
-        timeline += [(act, i)] * length + [(None, min(i + 1, times))] * idle[i + 1]
+    timeline = [(None, times)] * idle[0]  # the marks of the last round stay until the next one begins
+    for i, (act, length) in enumerate(acts, 1):
+        timeline += [(act, min(i, times))] * length + [(None, min(i, times))] * idle[i]
+    start = rng.randrange(TOY_FRAMES)  # GIFs loop: one may start anywhere, so no place in it, the middle say, is special
+    timeline = timeline[start:] + timeline[:start]
     color, shape, place = rng.choice(list(TOY_COLORS)), rng.choice(TOY_SHAPES), rng.choice(list(TOY_PLACES))
     return ToyVideo(name, color, shape, place, rng.randint(1, 4), action, times, last, timeline)
 
