@@ -90,7 +90,7 @@ class ClipBertConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# F_v, the visual encoder (paper 3.2): ResNet -> grid encoder -> mean over T -> 2-D positions
+# F_v, the visual encoder (paper, section 3: model architecture): ResNet -> grid encoder -> mean over T -> 2-D positions
 
 
 class GridFeatures(nn.Module):
@@ -114,7 +114,7 @@ class GridFeatures(nn.Module):
                 stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
         self.resnet = resnet
         channels = 64 * 2 ** (len(depths) - 1) * block.expansion
-        self.grid_encoder = nn.Sequential(  # section 3.2 / implementation details; no bias, no norm
+        self.grid_encoder = nn.Sequential(  # no bias, no norm
             nn.Conv2d(channels, cfg.hidden_size, kernel_size=3, padding=1, bias=False),
             nn.MaxPool2d(kernel_size=2, stride=2),
             nn.ReLU(),
@@ -160,7 +160,7 @@ def scale_residual_branches(stages):
 
 
 class VisualEmbedding(nn.Module):
-    """Grid features to visual tokens: mean over T, row + column positions, visual type, LayerNorm (paper 3.2).
+    """Grid features to visual tokens: mean over T, row + column positions, visual type, LayerNorm (paper, section 3).
 
         v[y, x] = LayerNorm( 1/T sum_t grid[t, y, x] + row[y] + col[x] + type )
     """
@@ -195,7 +195,7 @@ class VisualEmbedding(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# F_l and H, the cross-modal transformer (paper 3.2)
+# F_l and H, the cross-modal transformer (paper, section 3)
 
 
 class VideoTextEncoder(nn.Module):
@@ -250,7 +250,7 @@ def bert_config(cfg):
 
 
 class ClipBert(VideoTextEncoder):
-    """ClipBERT for a task: [CLS] -> 2-layer MLP -> K scores (paper 3.2, and 4 for each task's K).
+    """ClipBERT for a task: [CLS] -> 2-layer MLP -> K scores (paper, section 3; K by task: section 4).
 
     num_outputs: the number of answers (open-ended QA), 1 per option (multiple choice, counting), 2 (retrieval).
     """
@@ -271,7 +271,7 @@ class ClipBert(VideoTextEncoder):
         return self.classifier(self.dropout(pooled))
 
     def forward(self, frames, input_ids, attention_mask):
-        """p_i = H(F_v(c_i), F_l(S)) for one clip of each video (paper eq. 1).
+        """p_i = H(F_v(c_i), F_l(S)) for one clip of each video (paper, section 3).
 
         frames (B, T, 3, L, L) uint8 or float RGB 0..255; input_ids, attention_mask (B*n, Lt) -> (B*n, num_outputs).
         """
@@ -279,7 +279,7 @@ class ClipBert(VideoTextEncoder):
 
 
 class ClipBertForPreTraining(VideoTextEncoder):
-    """Image-text pretraining (paper 3.3): masked language modelling and image-text matching."""
+    """Image-text pretraining (paper, section 3: pretraining): masked language modelling and image-text matching."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -299,7 +299,7 @@ class ClipBertForPreTraining(VideoTextEncoder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From clips to a video (paper 3.1): p_i, G and the losses
+# From clips to a video (paper, section 3: sparse sampling): p_i, G and the losses
 
 
 def clip_logits(model, frames, input_ids, attention_mask):
@@ -317,7 +317,7 @@ def clip_logits(model, frames, input_ids, attention_mask):
 
 
 def aggregate_clips(logits, how):
-    """G, the one place where clips become a video (paper eq. 2 and table 4).
+    """G, the one place where clips become a video (paper, section 3; compared in section 4).
 
         mean:  p = 1/N sum_i p_i          max:  p = max_i p_i          lse:  p = log sum_i exp(p_i)
 
@@ -334,10 +334,13 @@ def aggregate_clips(logits, how):
 
 
 def video_loss(p, target, kind):
-    """NLL(p, q) of the video-level prediction p, by the kind of answer (paper 4).
+    """NLL(p, q) of the video-level prediction p, by the kind of answer (paper, section 4).
 
         choice   p (B*n, 1) scores of n options each, target (B,) index of the right one: cross entropy over the options
         answer   p (B, K) scores of all answers, target (B,) index: cross entropy
+        soft     p (B, K), target (B, K) in 0..1 (VQA): binary cross entropy, times K (so: summed over the answers)
+        match    p (B*n, 2), target (B*n,) 1 for a video's own caption: cross entropy (retrieval)
+        rank     p (B*n, 1), each video's own caption first: `rank_loss` (retrieval)
         count    p (B, 1), target (B,): squared error
     """
     if kind == "choice":
@@ -346,11 +349,60 @@ def video_loss(p, target, kind):
         return F.cross_entropy(p, target)
     if kind == "count":
         return F.mse_loss(p.squeeze(1), target.float())
+    if kind == "soft":
+        target = F.pad(target, (0, p.shape[1] - target.shape[1]))  # outputs beyond the list of answers are never right
+        return F.binary_cross_entropy_with_logits(p, target) * p.shape[1]
+    if kind == "match":
+        return F.cross_entropy(p, target)
+    if kind == "rank":
+        return rank_loss(p.view(int(target.sum()), -1))
     raise ValueError(f"unknown kind of answer {kind!r}")
 
 
+def rank_loss(p, margin=0.2):
+    """Rank a video's own caption above wrong ones by a margin: mean of max(0, margin + s(p_wrong) - s(p_own)), s sigmoid.
+
+    p (B, 1 + wrong captions), the own caption first.
+    """
+    scores = p.sigmoid()
+    return (margin + scores[:, 1:] - scores[:, :1]).clamp(min=0).mean()
+
+
+def match_score(p):
+    """How well a caption fits a video, 0..1: p (B, 2) or, of the rank loss, (B, 1) -> (B,)."""
+    return p.softmax(1)[:, 1] if p.shape[1] == 2 else p.sigmoid()[:, 0]
+
+
+def mlm_loss(scores, labels, over="masked"):
+    """Masked language modelling (paper, section 3: pretraining): the masked words M from the other words and the image v.
+
+        L_MLM = -1/|M| sum_{m in M} log P(w_m | w_{not M}, v)
+
+    scores (B, Lt, vocabulary); labels (B, Lt), -100 where no word is masked. over="all" divides by all B * Lt positions
+    instead, padding included, as the reference does. With 15% masked and texts padded to the longest, only some 6% of
+    the positions count, so this is the same loss with a weight of about .06 beside ITM's 1, and one that shrinks
+    further in a batch of uneven lengths. Mismatched pairs take part, too: there the words alone must do.
+    """
+    total = F.cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    if over == "all":
+        return total / labels.numel()
+    if over == "masked":
+        return total / (labels != -100).sum().clamp(min=1)  # a batch without masked words: 0, not 0/0
+    raise ValueError(f"unknown average {over!r}: choose masked or all")
+
+
+def itm_loss(scores, labels):
+    """Image-text matching (paper, section 3: pretraining): y = 1 if caption S and image v belong together, 0 if S is another image's.
+
+        L_ITM = -log P(y | S, v)
+
+    scores (B, 2), labels (B,).
+    """
+    return F.cross_entropy(scores.float(), labels)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimisation (paper 4.1): AdamW without decay on biases and LayerNorm; linear warm-up, then linear decay
+# Optimisation (paper, section 4): AdamW without decay on biases and LayerNorm; linear warm-up, then linear decay
 
 
 def optimizer_groups(model, weight_decay):
@@ -618,3 +670,6 @@ def main(job, args):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

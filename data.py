@@ -3,7 +3,7 @@
 Four parts, in the order in which data flows:
 
     annotation files  ->  Example(video, text, options, answer)          `read_tgif_qa` and its like
-    videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips`  (paper 3.1)
+    videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips`  (paper, section 3)
     text              ->  WordPiece ids, (n, Lt)                         `build_tokenizer`
     examples          ->  batches                                        `ClipDataset`, `Collator`
     and, where nothing has been downloaded: the toy data                 `toy_data`
@@ -465,7 +465,7 @@ def read_activitynet(folder, split):
                              for row, video in rows for sentence in row.get("sentences", kind=list)))
 
 
-def caption_files(folder, split):
+def caption_files(folder, split, required=True):
     """All public caption files of the split; where there are none, any table or jsonl that names no other split."""
     patterns = [f"*captions_{split}*.json", f"*caption_{split}*.json", "MSRVTT_data*.json",
                 f"*{split}*videodatainfo*.json"]
@@ -474,16 +474,19 @@ def caption_files(folder, split):
     tables = [path for path in files if path.suffix in (".jsonl", ".csv", ".tsv")]
     tables = [path for path in tables if split in (re.findall("train|val|test", path.stem.lower()) or ["train"])]
     found = [path for path in files if any(path.match(pattern) for pattern in patterns)] or tables
-    if not found:
+    if not found and required:
         raise DataError(f"{folder}: no {split} captions; looked for {', '.join(patterns)}, any .jsonl, .csv, .tsv")
     return found
 
 
-def read_captions(folder, split="train"):
-    """Captioned images or videos for pretraining, from every caption file there. Blank captions are left out."""
+def read_captions(folder, split="train", required=True):
+    """Captioned images or videos for pretraining, from every caption file there. Blank captions are left out.
+
+    required: whether it is an error that there are none (validation captions can be held out from training's).
+    """
     pairs = [(row, example._replace(id=f"{path.stem}/{example.id}"))  # ids repeat from one data set to the next
-             for path in caption_files(folder, split) for row, example in caption_pairs(path, split)]
-    return collect(folder, with_text(pairs))
+             for path in caption_files(folder, split, required) for row, example in caption_pairs(path, split)]
+    return collect(folder, with_text(pairs)) if pairs or required else []
 
 
 def caption_pairs(path, split):
@@ -572,7 +575,7 @@ def find_media(folder, name, suffixes=VIDEOS + IMAGES):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Videos to clips (paper 3.1, sparse sampling): Pillow reads images and GIFs, the bundled ffmpeg everything else
+# Videos to clips (paper, section 3: sparse sampling): Pillow reads images and GIFs, the bundled ffmpeg everything else
 
 TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
 MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
@@ -887,7 +890,7 @@ def read_clips(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text to tokens (paper 3.2, F_l): WordPiece
+# Text to tokens (paper, section 3: F_l): WordPiece
 
 
 def build_tokenizer(vocabulary):
@@ -985,32 +988,176 @@ class Collator:
     frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target (B,); and plain lists.
     """
 
-    def __init__(self, tokenizer, text_length, labels=None):
-        self.tokenizer, self.text_length, self.labels = tokenizer, text_length, labels
+    def __init__(self, tokenizer, text_length, answers=None):
+        self.tokenizer, self.text_length = tokenizer, text_length
+        self.labels = {answer: i for i, answer in enumerate(answers or [])}
 
     def __call__(self, items):
         examples = [item["example"] for item in items]
         tokens = self.tokenizer(
-            [text for example in examples for text in input_texts(example)],
+            [text for item in items for text in item.get("captions") or input_texts(item["example"])],
             padding=True, truncation=True, max_length=self.text_length, return_tensors="pt",
         )  # fmt: skip
         return {
             "frames": torch.stack([item["frames"] for item in items]),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
-            "target": torch.tensor([self.target(example) for example in examples]),
+            "target": torch.tensor([t for item in items for t in item.get("matches") or [self.target(item["example"])]]),
             "examples": examples,
             "unreadable": [item["unreadable"] for item in items],
         }
 
     def target(self, example):
-        """The number that the loss wants: an option's index, an answer's label (-1: not in the list), a count."""
-        return self.labels.get(example.answer, -1) if isinstance(example.answer, str) else example.answer
+        """What the loss wants: an option's index, an answer's label (-1: not in the list), all soft scores, a count."""
+        if isinstance(example.answer, dict):
+            return [float(example.answer.get(answer, 0)) for answer in self.labels]
+        return self.labels.get(example.answer, -1) if isinstance(example.answer, str) else example.answer or 0
 
 
 def input_texts(example):
     """Multiple choice: "question option" as one sequence per option, as the reference; else the text alone."""
-    return [f"{example.text} {option}" for option in example.options] or [example.text]
+    return [f"{example.text} {option}".strip() for option in example.options] or [example.text]
+
+
+def draw_mismatch(caption_of, count, own, generator):
+    """A random one of caption_of(0 .. count - 1) that is not among `own`; None if all seem to be."""
+    for _ in range(100):
+        caption = caption_of(torch.randint(count, (), generator=generator).item())
+        if caption.lower() not in own:
+            return caption
+    return None
+
+
+class MatchDataset(ClipDataset):
+    """Captioned videos for retrieval: with every video its caption and one of another video."""
+
+    def __init__(self, examples, folder, **sampling):
+        super().__init__(examples, folder, **sampling)
+        self.own = {}  # {video: everything said about it}: a caption of two videos is no negative for either
+        for example in examples:
+            self.own.setdefault(example.video, set()).add(example.text.lower())
+
+    def __getitem__(self, key):
+        item = super().__getitem__(key)
+        epoch, index = key
+        generator = torch.Generator().manual_seed(self.seed + 1 + 1_000_003 * (epoch * len(self) + index))
+        own = self.own[item["example"].video]
+        wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, generator)
+        if wrong is None:
+            raise DataError(f"{self.folder}: every caption is said of every video; there is nothing to tell apart")
+        return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}
+
+
+# -------------------------------------------------- pretraining: captions, some of them wrong, with words masked
+class CaptionedImage(NamedTuple):
+    """An image (or a video) and everything that is said about it."""
+
+    video: str
+    captions: tuple
+
+
+def captioned_images(examples):
+    """One per image, in the order of the file; a caption that stands twice under an image counts once."""
+    captions = {}
+    for example in examples:
+        captions.setdefault(example.video, {})[example.text] = None
+    return [CaptionedImage(video, tuple(texts)) for video, texts in captions.items()]
+
+
+class CaptionDataset(ClipDataset):
+    """Captioned images: one clip, and some of the captions, each with probability 1/2 swapped for a wrong one.
+
+    All that is random here depends on (seed, epoch, index) alone, as the clips do: fixed masks in evaluation.
+    """
+
+    def __init__(self, images, folder, *, captions, **sampling):
+        super().__init__(images, folder, n_clips=1, **sampling)
+        self.captions = captions
+
+    def __getitem__(self, key):
+        item = super().__getitem__(key)
+        epoch, index = key
+        # the collator goes on with this generator, for the masks; + 1: not the numbers that chose the clip
+        generator = torch.Generator().manual_seed(self.seed + 1 + 1_000_003 * (epoch * len(self) + index))
+        texts, matches = self.draw_captions(item["example"], generator)
+        return item | {"captions": texts, "matches": matches, "generator": generator}
+
+    def draw_captions(self, image, generator):
+        """-> n captions (repeated if there are fewer) and n labels: 1 if it is the image's own, 0 if another's."""
+        order = torch.randperm(len(image.captions), generator=generator).tolist()
+        texts = [image.captions[order[i % len(order)]] for i in range(self.captions)]
+        matches = (torch.rand(self.captions, generator=generator) < 0.5).long().tolist()
+        for i, match in enumerate(matches):
+            wrong = None if match else self.draw_mismatch(image, generator)
+            matches[i], texts[i] = (0, wrong) if wrong else (1, texts[i])
+        return texts, matches
+
+    def draw_mismatch(self, image, generator):
+        """A caption of another image; never one that is also said about this image."""
+        own = {caption.lower() for caption in image.captions}
+
+        def draw(i):
+            captions = self.examples[i].captions
+            return captions[torch.randint(len(captions), (), generator=generator)]
+
+        return draw_mismatch(draw, len(self), own, generator)
+
+
+class Mix(torch.utils.data.Dataset):
+    """Several data sets as one, whose items are asked for as (data set, epoch, index)."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __getitem__(self, key):
+        return self.parts[key[0]][key[1:]]
+
+
+def mixed_order(sizes, ratio, batch_size, n_batches, seed, start=0):
+    """`training_order` for a Mix: each batch comes from one data set, drawn in proportion to `ratio`."""
+    generator = torch.Generator().manual_seed(seed)
+    choices = torch.multinomial(torch.tensor(ratio).double(), n_batches, True, generator=generator).tolist()
+    orders = [training_order(size, batch_size, n_batches, seed, choices[:start].count(i))
+              for i, size in enumerate(sizes)]  # fmt: skip
+    for i in choices[start:]:
+        yield [(i, *key) for key in next(orders[i])]
+
+
+def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
+    """BERT's masking: of 15% of the words, 80% become [MASK], 10% a random token, and 10% stay what they are.
+
+    -> (input_ids with these changes, labels: the word at those 15%, -100 everywhere else). The random and the unchanged
+    ones are there because no text has a [MASK] after pretraining: any word may turn out to be the one to predict.
+    """
+    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))  # [CLS] [SEP] [PAD] [UNK]: never
+    chance = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 1.0)
+    tokens = torch.randint(len(tokenizer), input_ids.shape, generator=generator)
+    masked = torch.where(chance < 0.9 * rate, tokens, input_ids)
+    masked = masked.masked_fill(chance < 0.8 * rate, tokenizer.mask_token_id)
+    return masked, input_ids.masked_fill(chance >= rate, -100)
+
+
+class CaptionCollator(Collator):
+    """Captioned images to tensors, n captions per image one after the other, so that they share its CNN pass.
+
+    frames (B, 1, T, 3, L, L) uint8; input_ids, attention_mask, mlm_labels (B*n, Lt); itm_labels (B*n,), 1: a match.
+    """
+
+    def __call__(self, items):
+        rows = []
+        for item in items:
+            tokens = self.tokenizer(item["captions"], truncation=True, max_length=self.text_length)
+            rows += [mask_tokens(torch.tensor(ids), self.tokenizer, item["generator"]) for ids in tokens["input_ids"]]
+        ids, labels = zip(*rows, strict=True)
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return {
+            "frames": torch.stack([item["frames"] for item in items]),
+            "input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids]),
+            "mlm_labels": pad(labels, padding_value=-100),
+            "itm_labels": torch.tensor([match for item in items for match in item["matches"]]),
+            "unreadable": [item["unreadable"] for item in items],
+        }
 
 
 def data_loader(dataset, batches, collate, workers, pin_memory=False):
@@ -1161,6 +1308,47 @@ def write_toy_tgif_qa(folder, train=1000, test=200, seed=0):
                     for i, v in enumerate(videos)]  # fmt: skip
             lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
             (folder / f"{split}_{kind}_question.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
+
+
+def toy_captions(photo):
+    """All that is ever said about a toy photo. It is a closed list, so that what is not on it is wrong of the photo.
+
+    Most captions name one or two attributes: where every caption names all, the color alone tells a mismatch.
+    """
+    does, verb = photo.action or "nothing", "is" if photo.moons == 1 else "are"
+    return [
+        f"the thing does {does}",
+        f"the {photo.shape} does {does}",
+        f"{photo.subject} does {does}",
+        f"the {photo.color} thing is on the {photo.place}",
+        f"the color of the {photo.shape} is {photo.color}",
+        f"there {verb} {TOY_NUMBERS[photo.moons - 1]} moon{'s' * (photo.moons > 1)} in the sky",
+    ]
+
+
+def write_toy_coco(folder, train=2000, val=200, seed=0):
+    """COCO's layout: captions_{train,val}2017.json, {train,val}2017/<12 digits>.png; a photo is one frame of a GIF."""
+    for split, count in (("train", train), ("val", val)):
+        rng = random.Random(f"photos {split} {seed}")
+        (folder / f"{split}2017").mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for i in range(1, count + 1):
+            action = rng.choice([None, *TOY_ACTIONS])
+            photo = toy_video("", rng)._replace(action=action, timeline=[(action, rng.randint(0, 5))])
+            image = {"id": i, "file_name": f"{i:012d}.png", "width": TOY_SIZE, "height": TOY_SIZE}
+            draw_toy_video(photo, rng)[0].save(folder / f"{split}2017" / image["file_name"])
+            images.append(image)
+            annotations += [{"id": len(annotations) + k, "image_id": i, "caption": caption}
+                            for k, caption in enumerate(toy_captions(photo))]  # fmt: skip
+        contents = json.dumps({"images": images, "annotations": annotations})
+        (folder / f"captions_{split}2017.json").write_text(contents, encoding="utf-8")
+
+
+def toy_texts(folder):
+    """Questions and answers of the toy tasks: a vocabulary from captions and these serves fine-tuning, too."""
+    kinds = ("action", "transition", "frameqa", "count")
+    examples = [example for kind in kinds for example in read_tgif_qa(folder / "tgif_qa", kind, "train")]
+    return [text for example in examples for text in (*input_texts(example), str(example.answer))]
 
 
 def toy_data(folder="toy_data"):

@@ -1,4 +1,4 @@
-"""Fine-tune and evaluate ClipBERT on a task (paper section 4).
+"""Fine-tune and evaluate ClipBERT on a task (paper, section 4).
 
     python finetune.py --task tgif_qa                                         the toy data: minutes on a laptop CPU
     python finetune.py --task tgif_qa --data DIR --model base                 the paper's model on real data, one GPU
@@ -38,8 +38,10 @@ class Task(NamedTuple):
     title: str
     read: object  # (folder, split) -> examples
     toy: str  # which part of the toy data has its layout
-    kind: str  # of answer: choice | answer | count (see clipbert.video_loss)
-    answers: int = 1  # outputs of the head: 1 score per option or count; or at least this many answers
+    kind: str  # of answer: choice | answer | soft | count | match (see clipbert.video_loss)
+    answers: int = 1  # K: a score per option or count; 2 for "match"; else at least this many answers
+    all_answers: bool = True  # False: only the `answers` most frequent ones; the others count as wrong
+    validation: bool = False  # choose best.pt by a "val" split (False: there is none, the last is the best)
     size: int = 448  # L, pixels
     fps: float = 1.0  # a clip of T frames spans T / fps seconds
     frames: int = 1  # T
@@ -52,11 +54,20 @@ class Task(NamedTuple):
     lr: float = 1e-4  # peak
     weight_decay: float = 1e-3
     clip_grad: float = 5.0  # the gradient's largest norm
+    test_clips: tuple = (1, 4, 16)  # N_test: evaluate at each of these
 
 
 def tgif(kind):
     return partial(data.read_tgif_qa, kind=kind)
 
+
+def read_msrvtt_mc(folder, split):
+    return (data.read_msrvtt_mc if split == "test" else data.read_msrvtt_retrieval)(folder, split)
+
+
+# Eight clips of two frames, as in the paper's MSRVTT rows.
+RETRIEVAL = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "text_length": 20, "grad_accum": 1, "epochs": 20,
+             "lr": 5e-5}  # fmt: skip
 
 # TGIF-QA: L, batch and learning rate are the paper's; the reference code's own config has 768, 16 and 5e-5.
 TASKS = {
@@ -64,12 +75,24 @@ TASKS = {
     "tgif_qa_transition": Task("TGIF-QA transition", tgif("transition"), "tgif_qa", "choice"),
     "tgif_qa_frameqa": Task("TGIF-QA FrameQA", tgif("frameqa"), "tgif_qa", "answer", answers=1540),
     "tgif_qa_count": Task("TGIF-QA count", tgif("count"), "tgif_qa", "count"),
-}
+    "msrvtt_retrieval": Task("MSRVTT retrieval", data.read_msrvtt_retrieval, "msrvtt", "match", 2, **RETRIEVAL),
+    "didemo_retrieval": Task("DiDeMo paragraph retrieval", data.read_didemo, "didemo", "match", 2,
+                             **RETRIEVAL | {"validation": True, "text_length": 100, "batch_size": 8, "grad_accum": 4}),
+    "activitynet_retrieval": Task("ActivityNet paragraph retrieval", data.read_activitynet, "activitynet", "match", 2,
+                                  **RETRIEVAL | {"text_length": 100, "fps": 1.0, "train_clips": 4, "grad_accum": 2,
+                                                 "epochs": 80}),
+    "msrvtt_qa": Task("MSRVTT-QA", data.read_msrvtt_qa, "msrvtt", "answer", 1500, all_answers=False, validation=True,
+                      **RETRIEVAL | {"text_length": 100, "epochs": 10}),
+    # Five captions, scored by a retrieval model: train (or --eval) one; only the test file is this task's own.
+    "msrvtt_mc": Task("MSRVTT multiple choice", read_msrvtt_mc, "msrvtt", "match", 2, **RETRIEVAL),
+    "vqa": Task("VQA v2", data.read_vqa, "vqa", "soft", 3129, all_answers=False, size=768, text_length=20,
+                batch_size=32, grad_accum=1, epochs=5, clip_grad=2.0, test_clips=(1,)),
+}  # fmt: skip
 ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 # What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy frames do not show the
 # answer, and at 1e-3 that noise teaches the scores to ignore the options before attention has learned to match them.
-TINY = {"size": 64, "batch_size": 32, "grad_accum": 1, "lr": 3e-4, "max_steps": 600}
+TINY = {"size": 64, "batch_size": 32, "grad_accum": 1, "lr": 3e-4, "max_steps": 800}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: a task's row, then the tiny model's changes, then the command line
@@ -99,7 +122,8 @@ def parse_arguments(arguments=None):
     for name in ("fps", "lr", "weight_decay", "clip_grad"):
         add(f"--{name}", type=float)
     add("--agg", choices=["mean", "max", "lse"], help="G: how clips become a video")
-    add("--test_clips", type=positive, nargs="+", default=[1, 4, 16], help="N_test: evaluate at each of these")
+    add("--test_clips", type=positive, nargs="+", help="N_test: evaluate at each of these")
+    add("--rank_loss", action="store_true", help="retrieval: margin between right and wrong captions, not cross entropy")
     add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
     add("--limit", type=positive, help="use only the first so many examples of each split")
     add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
@@ -123,11 +147,11 @@ def positive(text):
     return number
 
 
-def settings_for(args, model_name, stored=None):
+def settings_for(args, backbone, stored=None):
     """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
     row = TASKS[args.task]._asdict()
     settings = {name: row[name] for name in list(row)[list(row).index("size") :]} | {"max_steps": None}
-    settings |= TINY if model_name == "tiny" else {}
+    settings |= TINY if backbone == "tiny" else {}
     settings |= stored or {}
     given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     if "epochs" in given:
@@ -159,14 +183,9 @@ def load_examples(args, split, training=None):
 
 def answers_for(task, folder, train):
     """The list of answers of an open-ended task; an answer's place is its label. None for other kinds."""
-    if task.kind != "answer":
+    if task.kind not in ("answer", "soft"):
         return None
-    return data.read_answer_list(folder) or data.answer_list(train, None)
-
-
-def outputs_for(task, answers):
-    """K. The reference gives FrameQA max(n, 1540) answers."""
-    return max(task.answers, len(answers or []))
+    return data.read_answer_list(folder) or data.answer_list(train, None if task.all_answers else task.answers)
 
 
 def build_model(args, task, answers, texts):
@@ -183,7 +202,7 @@ def build_model(args, task, answers, texts):
         cfg = clipbert.ClipBertConfig.base() if args.model == "base" else clipbert.ClipBertConfig.tiny()
         cfg.vocab_size = len(vocabulary)
         cfg.frozen_stages = 0  # random weights are not worth freezing
-    model = clipbert.ClipBert(cfg, outputs_for(task, answers))
+    model = clipbert.ClipBert(cfg, max(task.answers, len(answers or [])))  # the reference's max(n, 1540) for FrameQA
     if state:
         print(f"{args.init}: {clipbert.load_any_checkpoint(model, state)}")
     elif args.model == "base" and not args.scratch:
@@ -196,7 +215,11 @@ def load_run(path, task_name):
     state = clipbert.load_checkpoint(path)
     if "num_outputs" not in state:
         raise ValueError(f"{path}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
-    if state["task"] != task_name:
+    if TASKS[state["task"]].kind != "match" or TASKS[task_name].kind != "match":  # one retrieval model does for all
+        same = state["task"] == task_name
+    else:
+        same = True
+    if not same:
         raise ValueError(f"{path}: a checkpoint of --task {state['task']}, not {task_name}")
     model = clipbert.ClipBert(clipbert.config_from(state), state["num_outputs"])
     model.load_state_dict(state["model"])
@@ -217,12 +240,12 @@ class Run(NamedTuple):
 
     def loader(self, examples, n_clips, train, batches):
         s = self.settings
-        dataset = data.ClipDataset(
+        pairs = train and self.task.kind in ("match", "rank")  # a right and a wrong caption for each video
+        dataset = (data.MatchDataset if pairs else data.ClipDataset)(
             examples, self.folder, n_clips=n_clips, n_frames=s["frames"], fps=s["fps"], size=s["size"],
             train=train, seed=self.seed, blind=self.blind,
         )  # fmt: skip
-        labels = {answer: i for i, answer in enumerate(self.answers or [])}
-        collate = data.Collator(self.tokenizer, s["text_length"], labels)
+        collate = data.Collator(self.tokenizer, s["text_length"], self.answers)
         return data.data_loader(dataset, batches, collate, self.device.workers, self.device.name == "cuda")
 
 
@@ -289,12 +312,12 @@ def train(run, model, optimizer, scaler, examples, args, checkpoint, start, tota
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation (paper 3.1: N_test uniform clips, aggregated as in training; table 3 and figure 3 vary N_test)
+# Evaluation (paper, section 4: N_test uniform clips, aggregated as in training)
 
 
 @torch.no_grad()
 def score_videos(run, model, examples, n_clips):
-    """p of every example at N_test = n_clips, as (scores, readable) pairs in order."""
+    """p of every example at N_test = n_clips, as (scores, readable) pairs in order, and what could not be read."""
     model.eval()
     size = max(1, 2 * run.settings["batch_size"] // n_clips)  # keep the number of clips in memory level
     batches = [[(0, i) for i in range(b, min(b + size, len(examples)))] for b in range(0, len(examples), size)]
@@ -303,37 +326,42 @@ def score_videos(run, model, examples, n_clips):
         batch = to_device(batch, run.device)
         with run.device.autocast():
             logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
-        p = clipbert.aggregate_clips(logits.float(), run.settings["agg"]).view(len(batch["examples"]), -1).cpu()
+        p = clipbert.aggregate_clips(logits.float(), run.settings["agg"])
+        if run.task.kind in ("match", "rank"):  # multiple choice by a retrieval model
+            p = clipbert.match_score(p)
+        p = p.view(len(batch["examples"]), -1).cpu()
         results += [(scores, not lines) for scores, lines in zip(p, batch["unreadable"], strict=True)]
         errors += [line for lines in batch["unreadable"] for line in lines]
     return results, errors
 
 
 def judge(task, example, scores, readable, answers):
-    """A prediction and how good it is: right or wrong, or, in counting, the squared error."""
+    """A prediction and how good it is: right or wrong, VQA's accuracy, or, in counting, the squared error."""
     if task.kind == "count":
         prediction = scores.item() if readable else 0.0
         return prediction, (prediction - example.answer) ** 2
     best = scores.argmax().item()
     names = example.options or answers
     prediction = names[best] if readable and best < len(names) else None  # None: unreadable, or an unused output
-    truth = example.options[example.answer] if example.options else example.answer
-    correct = best == example.answer if example.options else prediction == truth
+    if task.kind == "soft":
+        return prediction, data.vqa_accuracy(prediction, example) if prediction else 0.0
+    correct = best == example.answer if example.options else prediction == example.answer
     return prediction, bool(readable and correct)
 
 
 def evaluate(run, model, examples, clip_counts):
-    """{n: {"accuracy": percent} or {"mse": ...}} for each N_test, the predictions at the last of them, and errors."""
+    """{n: metrics} for each N_test, the predictions at the last of them, and what could not be read."""
+    if run.task.kind in ("match", "rank") and not examples[0].options:
+        return evaluate_retrieval(run, model, examples, clip_counts)
     by_clips, predictions, errors = {}, [], []
+    name, factor = ("mse", 1) if run.task.kind == "count" else ("accuracy", 100)
     for n in clip_counts:
         results, errors = score_videos(run, model, examples, n)
         judged = [judge(run.task, e, *result, run.answers) for e, result in zip(examples, results, strict=True)]
-        name, factor = ("mse", 1) if run.task.kind == "count" else ("accuracy", 100)
-        by_clips[str(n)] = {name: round(factor * float(np.mean([value for _, value in judged])), 4)}
-        kinds = sorted({example.kind for example in examples} - {""})
-        for kind in kinds:
-            values = [value for example, (_, value) in zip(examples, judged, strict=True) if example.kind == kind]
-            by_clips[str(n)][f"{name}_{kind}"] = round(factor * float(np.mean(values)), 4)
+        by_clips[str(n)] = {name: mean(value * factor for _, value in judged)}
+        for kind in sorted({example.kind for example in examples} - {""}):
+            values = [value * factor for e, (_, value) in zip(examples, judged, strict=True) if e.kind == kind]
+            by_clips[str(n)][f"{name}_{kind}"] = mean(values)
         predictions = [
             {"id": e.id, "video": e.video, "text": e.text, "options": list(e.options), "answer": e.answer,
              "prediction": prediction, name: value, "clips": n}
@@ -342,33 +370,131 @@ def evaluate(run, model, examples, clip_counts):
     return by_clips, predictions, errors
 
 
+def mean(values):
+    return round(float(np.mean(list(values))), 4)
+
+
 def chance_level(task, train, test):
     """What can be had without looking: a random option, the most frequent training answer, the mean training count."""
-    if task.kind == "choice":
-        return 100 * float(np.mean([1 / len(example.options) for example in test]))
+    if test[0].options:
+        return mean(100 / len(example.options) for example in test)
+    if task.kind in ("match", "rank"):
+        return 100 / len({example.video for example in test})  # R@1
     if task.kind == "count":
-        mean = np.mean([example.answer for example in train])
-        return float(np.mean([(example.answer - mean) ** 2 for example in test]))
+        average = np.mean([example.answer for example in train])
+        return mean((example.answer - average) ** 2 for example in test)
     common = data.answer_list(train, 1)[0]
-    return 100 * float(np.mean([example.answer == common for example in test]))
+    if task.kind == "soft":
+        return mean(100 * data.vqa_accuracy(common, example) for example in test)
+    return mean(100 * (example.answer == common) for example in test)
 
 
-def report(run, args, by_clips, predictions, errors, chance, seconds, split):
+# Retrieval: every caption against every video. Each clip goes through the CNN once and each caption through the
+# tokenizer once; the reference repeats the CNN for every batch of captions.
+
+
+@torch.no_grad()
+def score_pairs(run, model, examples, n_clips):
+    """Scores of all pairs: (captions, videos) probabilities of a match, the videos' names, and what could not be read."""
+    model.eval()
+    videos = list({example.video: example for example in examples}.values())  # one example of each video
+    captions = caption_batches(run.tokenizer, [example.text for example in examples], run.settings["text_length"])
+    scores = torch.zeros(len(examples), len(videos))
+    errors = []
+    order = [[(0, i)] for i in range(len(videos))]
+    for column, batch in enumerate(run.loader(videos, n_clips, False, order)):
+        if batch["unreadable"][0]:
+            errors += batch["unreadable"][0]  # scores of 0: never retrieved
+            continue
+        with run.device.autocast():
+            grid = model.encode_frames(batch["frames"][0].to(run.device.name))  # (N, T, h, w, d): once per video
+            grid = grid.mean(1, keepdim=True)  # the mean over T that every caption would take again
+            for rows, ids, mask in captions:
+                ids, mask = (x.to(run.device.name).repeat(n_clips, 1) for x in (ids, mask))  # (N*C, Lt)
+                logits = model.classify(grid, ids, mask).float().view(n_clips, len(rows), -1)  # (N, C, 2)
+                p = clipbert.aggregate_clips(logits, run.settings["agg"])
+                scores[rows, column] = clipbert.match_score(p).cpu()
+    return scores, [example.video for example in videos], errors
+
+
+def caption_batches(tokenizer, texts, text_length, size=64):
+    """[(their places, ids (C, Lt), mask (C, Lt))]: tokenised once, neighbours in length together (little padding)."""
+    ids = tokenizer(texts, truncation=True, max_length=text_length)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+    batches = []
+    for rows in (order[b : b + size] for b in range(0, len(order), size)):
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
+        lengths = torch.tensor([len(ids[i]) for i in rows])
+        batches.append((rows, padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long()))
+    return batches
+
+
+def retrieval_metrics(scores, video_of_caption):
+    """R@1/5/10, median and mean rank, both ways. scores (captions, videos); video_of_caption: a column per caption.
+
+    Exact ties share their mean position: a model that scores everything alike gets the rank of chance, not 1. A video
+    with several captions is found by any of them: its best-ranked one counts.
+    """
+    columns = torch.as_tensor(video_of_caption)
+    own = scores.gather(1, columns[:, None])  # (captions, 1)
+    by_caption = mean_rank(own, scores)
+    ranks = []
+    for column in range(scores.shape[1]):
+        mine = scores[columns == column, column]
+        others = scores[columns != column, column]  # its own other captions do not compete
+        if len(mine):
+            ranks.append(mean_rank(mine.max().view(1, 1), torch.cat([mine.max()[None], others])[None]))
+    return {"text_to_video": recalls(by_caption), "video_to_text": recalls(torch.cat(ranks))}
+
+
+def mean_rank(own, scores):
+    """1 + how many score higher + half of how many others score the same. own (n, 1), scores (n, m) -> (n,)."""
+    return 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+
+
+def recalls(ranks):
+    found = {f"r{k}": mean((100.0 * (ranks <= k)).tolist()) for k in (1, 5, 10)}
+    return found | {"median_rank": float(np.median(ranks)), "mean_rank": mean(ranks.tolist())}
+
+
+def evaluate_retrieval(run, model, examples, clip_counts):
+    by_clips, predictions, errors = {}, [], []
+    for n in clip_counts:
+        scores, videos, errors = score_pairs(run, model, examples, n)
+        places = {video: i for i, video in enumerate(videos)}
+        columns = [places[example.video] for example in examples]
+        by_clips[str(n)] = retrieval_metrics(scores, columns)
+        ranks = mean_rank(scores.gather(1, torch.tensor(columns)[:, None]), scores).tolist()
+        best = scores.topk(min(5, len(videos))).indices.tolist()
+        predictions = [
+            {"id": e.id, "video": e.video, "text": e.text, "rank": rank, "prediction": [videos[i] for i in top], "clips": n}
+            for e, rank, top in zip(examples, ranks, best, strict=True)
+        ]
+    return by_clips, predictions, errors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def report(run, args, by_clips, predictions, errors, chance, seconds):
     """Write metrics.json and predictions.jsonl; print the table."""
     metrics = {
-        "task": args.task, "data": str(args.data or "toy"), "split": split, "examples": len(predictions),
+        "task": args.task, "data": str(args.data or "toy"), "split": "test", "examples": len(predictions),
         "chance": round(chance, 4), "seconds": round(seconds, 1), "blind": args.blind, "unreadable": len(errors),
         "by_clips": by_clips,
     }  # fmt: skip
     clipbert.write_text(args.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     clipbert.write_text(args.out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
-    names = list(next(iter(by_clips.values())))
-    print(f"\n{run.task.title}, {'toy' if not args.data else args.data} data, {len(predictions):,} {split} questions, "
+    print(f"\n{run.task.title}, {'toy' if not args.data else args.data} data, {len(predictions):,} test examples, "
           f"G = {run.settings['agg']}{', blind' if args.blind else ''}")  # fmt: skip
-    print("N_test" + "".join(f"{name:>20}" for name in names))
+    if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
+        by_clips = {f"{n} {way}": row for n, both in by_clips.items() for way, row in both.items()}
+    names = list(next(iter(by_clips.values())))
+    print(f"{'N_test':<18}" + "".join(f"{name:>{max(len(name), 8) + 2}}" for name in names))
     for n, row in by_clips.items():
-        print(f"{n:>6}" + "".join(f"{row[name]:20.2f}" for name in names))
-    print(f"{'chance':>6}{chance:20.2f}")
+        print(f"{n:<18}" + "".join(f"{row[name]:{max(len(name), 8) + 2}.2f}" for name in names))
+    print(f"{'chance':<18}{chance:{max(len(names[0]), 8) + 2}.2f}")
     clipbert.list_unreadable(errors, "counted as wrong")
 
 
@@ -377,11 +503,65 @@ def report(run, args, by_clips, predictions, errors, chance, seconds, split):
 
 
 def run_training(args):
-    task, device = TASKS[args.task], clipbert.choose_device(args)
+    state = load_resumable(args) if args.resume else None
     clipbert.seed_everything(args.seed)
-    state = clipbert.load_checkpoint(args.out / "last.pt") if args.resume else None
-    if state and (state["task"] != args.task or "optimizer" not in state):
-        raise ValueError(f"{args.out / 'last.pt'}: a checkpoint of {state['task']}, which can't go on as {args.task}")
+    run, model, vocabulary, examples, test = prepare(args, state)
+    s = run.settings
+    per_step = s["batch_size"] * s["grad_accum"]
+    total_steps = s["max_steps"] or s["epochs"] * -(-len(examples) // per_step)
+    model.to(run.device.name)
+    optimizer = clipbert.build_optimizer(model, s["weight_decay"])
+    scaler = torch.amp.GradScaler(run.device.name, enabled=run.device.dtype == torch.float16)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        clipbert.restore_random_states(state["random"])
+        print(f"resuming from {args.out / 'last.pt'} at step {state['step']} of {total_steps}")
+    write_config(args, run, model, total_steps)
+    print(f"{run.task.title}: {len(examples):,} training and {len(test):,} test examples from {run.folder}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {total_steps:,} steps of {per_step} examples "
+          f"on {run.device.name}: " + ", ".join(f"{k} {v}" for k, v in s.items() if v is not None))  # fmt: skip
+
+    def checkpoint(name, step, training=True):
+        contents = {
+            "task": args.task, "step": step, "model": model.state_dict(), "num_outputs": model.num_outputs,
+            "config": clipbert.config_dict(model.cfg), "settings": s, "vocabulary": vocabulary, "answers": run.answers,
+            "seed": args.seed, "blind": args.blind,
+        }  # fmt: skip
+        if training:
+            contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            contents |= {"random": clipbert.random_states()}
+        clipbert.save_checkpoint(args.out / name, contents)
+
+    began = time.time()
+    validate = validation(args, run, model, checkpoint) if run.task.validation and args.data else None
+    start = state["step"] if state else 0
+    unreadable = train(run, model, optimizer, scaler, examples, args, checkpoint, start, total_steps, validate)
+    clipbert.list_unreadable(unreadable.elements(), "replaced by other examples in training")
+    if validate:
+        model.load_state_dict(clipbert.load_checkpoint(args.out / "best.pt")["model"])
+    else:  # without a validation split: choosing a step by the test set would be cheating, so the last is the best
+        checkpoint("best.pt", total_steps, training=False)
+    by_clips, predictions, errors = evaluate(run, model, test, s["test_clips"])
+    report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), time.time() - began)
+    print_next_steps(args)
+
+
+def load_resumable(args):
+    """last.pt of the output folder; the seed is that of the stopped run."""
+    path = args.out / "last.pt"
+    state = clipbert.load_checkpoint(path)
+    if state["task"] != args.task or "optimizer" not in state:
+        raise ValueError(f"{path}: a checkpoint of {state['task']}, which can't go on as {args.task}")
+    args.seed, args.blind = state["seed"], state["blind"]
+    return state
+
+
+def prepare(args, state):
+    """-> the Run, a new (or, with a checkpoint's state, the stopped) model, its vocabulary, training and test examples."""
+    task = TASKS[args.task]
+    if args.rank_loss:
+        task = task._replace(kind="rank", answers=1)
     folder, examples = load_examples(args, "train")
     _, test = load_examples(args, "test")
     if state:
@@ -391,54 +571,49 @@ def run_training(args):
         answers = answers_for(task, folder, examples)
         texts = [text for example in examples for text in data.input_texts(example)]
         model, vocabulary = build_model(args, task, answers, texts)
-    tiny = model.cfg.backbone == "tiny"
-    settings = settings_for(args, "tiny" if tiny else "base", state and state["settings"])
-    run = Run(task, folder, settings, device, data.build_tokenizer(vocabulary), answers, args.seed, args.blind)
-    known = [e for e in examples if answers is None or e.answer in set(answers)]
-    per_step = settings["batch_size"] * settings["grad_accum"]
-    total_steps = settings["max_steps"] or settings["epochs"] * -(-len(known) // per_step)
+    if answers:
+        examples = only_known_answers(examples, set(answers), "training: left out")
+        only_known_answers(test, set(answers), "test: counted as wrong")
+    settings = settings_for(args, model.cfg.backbone, state and state["settings"])
+    tokenizer = data.build_tokenizer(vocabulary)
+    device = clipbert.choose_device(args)
+    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind)
+    return run, model, vocabulary, examples, test
 
-    model.to(device.name)
-    optimizer = clipbert.build_optimizer(model, settings["weight_decay"])
-    scaler = torch.amp.GradScaler(device.name, enabled=device.dtype == torch.float16)
-    start = 0
-    if state:
-        start = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        clipbert.restore_random_states(state["random"])
-        print(f"resuming from {args.out / 'last.pt'} at step {start} of {total_steps}")
+
+def only_known_answers(examples, answers, what):
+    """The examples with an answer in the list; the others are counted."""
+    known = [e for e in examples if (e.answer in answers if isinstance(e.answer, str) else answers & e.answer.keys())]
+    if others := len(examples) - len(known):
+        print(f"{others:,} of {len(examples):,} questions have no answer in the list of {len(answers):,} ({what})")
+    return known
+
+
+def validation(args, run, model, checkpoint):
+    """-> a function of the step that evaluates on the validation split, one clip a video, and keeps the best.pt."""
+    _, examples = load_examples(args, "val")
+    best = -1.0
+
+    def validate(step):
+        nonlocal best
+        metrics = evaluate(run, model, examples, [1])[0]["1"]
+        score = metrics["text_to_video"]["r1"] if "text_to_video" in metrics else metrics["accuracy"]
+        if score > best:
+            best = score
+            checkpoint("best.pt", step, training=False)
+        return {"validation": score}
+
+    return validate
+
+
+def write_config(args, run, model, total_steps):
     args.out.mkdir(parents=True, exist_ok=True)
     config = {
-        "task": args.task, "data": str(folder), "seed": args.seed, "init": str(args.init or ""), "blind": args.blind,
-        "device": device.name, "precision": str(device.dtype).split(".")[1], "total_steps": total_steps,
-        "settings": settings, "model": clipbert.config_dict(model.cfg),
+        "task": args.task, "data": str(run.folder), "seed": args.seed, "init": str(args.init or ""), "blind": args.blind,
+        "device": run.device.name, "precision": str(run.device.dtype).split(".")[1], "total_steps": total_steps,
+        "settings": run.settings, "model": clipbert.config_dict(model.cfg),
     }  # fmt: skip
     clipbert.write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{task.title}: {len(known):,} training and {len(test):,} test examples from {folder}")
-    print(f"{parameters / 1e6:.1f}M parameters, {total_steps:,} steps of {per_step} examples on {device.name}: "
-          + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None))  # fmt: skip
-
-    def checkpoint(name, step, training=True):
-        contents = {
-            "task": args.task, "step": step, "model": model.state_dict(), "num_outputs": model.num_outputs,
-            "config": clipbert.config_dict(model.cfg), "settings": settings, "vocabulary": vocabulary,
-            "answers": answers,
-        }  # fmt: skip
-        if training:
-            contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            contents |= {"random": clipbert.random_states()}
-        clipbert.save_checkpoint(args.out / name, contents)
-
-    began = time.time()
-    unreadable = train(run, model, optimizer, scaler, known, args, checkpoint, start, total_steps, None)
-    clipbert.list_unreadable(unreadable.elements(), "replaced by other examples in training")
-    # TGIF-QA has no validation split, and choosing a step by the test set would be cheating: the last is the best.
-    checkpoint("best.pt", total_steps, training=False)
-    by_clips, predictions, errors = evaluate(run, model, test, args.test_clips)
-    report(run, args, by_clips, predictions, errors, chance_level(task, known, test), time.time() - began, "test")
-    print_next_steps(args)
 
 
 def load_for_use(args):
@@ -446,6 +621,8 @@ def load_for_use(args):
     model, state = load_run(args.eval, args.task)
     settings = settings_for(args, None, state["settings"])
     task, device = TASKS[args.task], clipbert.choose_device(args)
+    if task.kind == "match" and state["num_outputs"] == 1:
+        task = task._replace(kind="rank")  # it was trained with --rank_loss
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data() / task.toy)
     run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind)
@@ -458,18 +635,18 @@ def run_evaluation(args):
     _, test = load_examples(args, "test")
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    by_clips, predictions, errors = evaluate(run, model, test, args.test_clips)
+    by_clips, predictions, errors = evaluate(run, model, test, run.settings["test_clips"])
     chance = chance_level(run.task, train_examples, test)
-    report(run, args, by_clips, predictions, errors, chance, time.time() - began, "test")
+    report(run, args, by_clips, predictions, errors, chance, time.time() - began)
 
 
 @torch.no_grad()
 def run_prediction(args):
     """Answer one question about one video, at the largest N_test."""
     run, model = load_for_use(args)
-    if run.task.kind == "choice" and len(args.options) < 2:
-        raise ValueError(f"--task {args.task} is multiple choice: give --options A B ...")
-    s, n = run.settings, max(args.test_clips)
+    if (run.task.kind == "choice") != (len(args.options) > 1) and run.task.kind not in ("match", "rank"):
+        raise ValueError(f"--task {args.task}: multiple choice, and only that, takes --options A B ...")
+    s, n = run.settings, max(run.settings["test_clips"])
     example = data.Example(id="0", video=args.predict.name, text=args.question, options=tuple(args.options), answer=0)
     frames = data.read_clips(args.predict, n, s["frames"], s["fps"], s["size"], False, None)
     item = {"example": example, "frames": frames, "unreadable": [], "index": 0}
@@ -477,12 +654,13 @@ def run_prediction(args):
     model.eval()
     with run.device.autocast():
         logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
-    p = clipbert.aggregate_clips(logits.float(), s["agg"]).flatten().cpu()
+    p = clipbert.aggregate_clips(logits.float(), s["agg"]).cpu()
+    p = clipbert.match_score(p).log() if run.task.kind in ("match", "rank") else p.flatten()
     print(f"{args.predict.name}, {n} clips of {s['frames']} frames: {args.question}")
     if run.task.kind == "count":
         print(f"  {p.item():.2f}")
         return
-    names = args.options or run.answers
+    names = args.options or run.answers or [args.question]
     probabilities = p.softmax(0)
     for i in p.argsort(descending=True).tolist()[:5]:
         print(f"  {probabilities[i]:6.1%}  {names[i] if i < len(names) else '(unused)'}")

@@ -1,0 +1,400 @@
+"""Pretrain ClipBERT on captioned images (paper sections 3.3 and 4): masked language modelling, image-text matching.
+
+    python pretrain.py                                            the toy photos: minutes on a laptop CPU
+    python finetune.py --task tgif_qa --init runs/pretrain/last.pt          ... and what it is good for
+    python pretrain.py --data coco vg --model base                the paper's: COCO captions and Visual Genome regions
+    python pretrain.py --data coco vg --ratio 1 3 --model base    ... with three batches of VG to one of COCO
+    python pretrain.py --data msrvtt --frames 2 --fps 2           captioned videos: the same loop, one clip per video
+    python pretrain.py --data DIR --eval runs/pretrain/last.pt    only evaluate
+    python pretrain.py --resume                                   go on after an interruption
+
+DIR holds COCO's captions_*.json, Visual Genome's region_descriptions.json, MSRVTT's json, or any .csv or .jsonl with the
+columns path and caption, and the images or videos. Validation captions are those of a val file there; without one, a
+tenth of the images is held out. Everything is written to runs/pretrain/: config.json, log.jsonl (a line a step or
+evaluation), last.pt, best.pt (lowest validation loss) and metrics.json.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import clipbert
+import data
+
+# The reference's hyper-parameters: 32 images x 2 captions a batch and GPU, two batches to an update, eight GPUs.
+PAPER = {
+    "size": 768,  # L, pixels
+    "keep": 100,  # random grid tokens that a training step keeps, of 144 at L = 768: faster, and a regulariser
+    "frames": 1,  # T; an image is a video of one frame
+    "fps": 1.0,  # captioned video: a clip of T frames spans T / fps seconds
+    "captions": 2,  # of an image at a time; they share its pass through the CNN
+    "text_length": 30,  # Lt at most, [CLS] and [SEP] included
+    "batch_size": 32,  # images at a time
+    "grad_accum": 2,  # ... and how many such batches to an update
+    "epochs": 40,
+    "max_steps": None,
+    "lr": 5e-5,  # peak
+    "weight_decay": 1e-3,
+    "clip_grad": 5.0,  # the gradient's largest norm
+    "mlm_over": "masked",  # what the MLM loss is averaged over, see clipbert.mlm_loss
+}
+
+# What the tiny model changes.
+TINY = {"size": 64, "captions": 4, "grad_accum": 1, "lr": 1e-3, "max_steps": 600}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: the paper's, then the tiny model's changes, then the command line
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, nargs="+", metavar="DIR", help="folders of captioned images (default: the toy photos)")
+    add("--ratio", type=float, nargs="+", help="batches from each of several DIRs (default: by number of images)")
+    add("--out", type=Path, default=Path("runs/pretrain"), help="where to write")
+    # which model, and what it starts from
+    add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
+    add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
+    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's ResNet-50 weights (default: the hub's)")
+    add("--bert", type=Path, metavar="DIR", help="base: a bert-base-uncased folder (default: the hub's)")
+    add("--scratch", action="store_true", help="base: start from random weights")
+    # other things to do than train
+    add("--resume", action="store_true", help="go on from last.pt in the output folder")
+    add("--eval", type=Path, metavar="CKPT", help="only evaluate this checkpoint of pretraining")
+    # hyper-parameters; the default is the paper's, printed at the start
+    for name in ("size", "keep", "frames", "captions", "text_length", "batch_size", "grad_accum", "epochs"):
+        add(f"--{name}", type=positive)
+    for name in ("fps", "lr", "weight_decay", "clip_grad"):
+        add(f"--{name}", type=float)
+    add("--max_steps", type=positive, help="stop the schedule after so many updates, whatever --epochs says")
+    add("--mlm_over", choices=["masked", "all"], help="average the MLM loss over masked tokens, or all positions")
+    add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
+    add("--limit", type=positive, help="use only the first so many images of each split")
+    add("--allow_missing", action="store_true", help="leave out captions whose image is missing")
+    add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
+    add("--workers", type=int, help="processes that read images (default: 0 on a CPU, else one a core, at most 8)")
+    add("--save_every", type=positive, default=500, help="steps between checkpoints, each evaluated")
+    add("--seed", type=int, default=0)
+    add("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(arguments)
+    if args.ratio and (len(args.ratio) != len(args.data or [None]) or min(args.ratio) <= 0):
+        parser.error("--ratio wants one positive number for each DIR of --data")
+    return args
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def settings_for(args, tiny, stored=None):
+    settings = PAPER | (TINY if tiny else {}) | (stored or {})
+    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    if "epochs" in given:
+        settings["max_steps"] = None  # asked for in epochs: tiny's number of steps does not apply
+    return settings | given
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data and model
+
+
+class Source(NamedTuple):
+    """A folder of captioned images."""
+
+    folder: Path
+    train: list  # of data.CaptionedImage
+    val: list
+
+
+def load_source(folder, args):
+    """The images of both splits. Where there are no validation captions, a tenth of the images is held out."""
+    train = with_files(folder, data.captioned_images(data.read_captions(folder, "train")), args)
+    val = with_files(folder, data.captioned_images(data.read_captions(folder, "val", required=False)), args)
+    if not val:
+        random.Random(0).shuffle(train)  # whatever --seed is: a checkpoint is never judged on what it has seen
+        held_out = min(-(-len(train) // 10), 1000)
+        train, val = train[held_out:], train[:held_out]
+        print(f"{folder}: no validation captions, so {len(val):,} of {len(train) + len(val):,} images are held out")
+    if not train or len(val) < 2:
+        raise data.DataError(f"{folder}: {len(train)} training and {len(val)} validation images are too few: put more "
+                             "captioned images there")  # fmt: skip
+    return Source(folder, train[: args.limit], val[: args.limit])
+
+
+def with_files(folder, images, args):
+    """The images whose file is there. Missing ones stop the run, unless --allow_missing."""
+    missing = {image.video for image in images if data.find_media(folder, image.video) is None}
+    if missing:
+        what = f"{len(missing):,} of {len(images):,} captioned images are missing under {folder} ({min(missing)}, ...)"
+        if not args.allow_missing:
+            raise data.DataError(f"{what}: put them there, or pretrain without them (--allow_missing)")
+        print(f"note: {what}", file=sys.stderr)
+    return [image for image in images if image.video not in missing]
+
+
+def build_model(args, texts):
+    """A new model and its vocabulary, started from --init, or ImageNet and BERT, or at random."""
+    state = clipbert.load_checkpoint(args.init) if args.init else None
+    if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
+        cfg, vocabulary = clipbert.config_from(state), state["vocabulary"]
+    elif state:
+        cfg, vocabulary = clipbert.ClipBertConfig.official(), data.read_vocabulary(args.bert)
+    elif args.model == "base" and not (args.scratch and not args.bert):
+        cfg, vocabulary = clipbert.ClipBertConfig.base(), data.read_vocabulary(args.bert)
+    else:
+        vocabulary = data.vocabulary_from_text(texts)
+        cfg = clipbert.ClipBertConfig.base() if args.model == "base" else clipbert.ClipBertConfig.tiny()
+        cfg.vocab_size = len(vocabulary)
+        cfg.frozen_stages = 0  # random weights are not worth freezing
+    model = clipbert.ClipBertForPreTraining(cfg)
+    if state:
+        print(f"{args.init}: {clipbert.load_any_checkpoint(model, state)}")
+    elif args.model == "base" and not args.scratch:
+        print(clipbert.load_pretrained(model, args.resnet, args.bert))
+    return model, vocabulary
+
+
+def load_run(path):
+    """A model from one of our pretraining checkpoints, and the whole checkpoint."""
+    state = clipbert.load_checkpoint(path)
+    if state.get("task") != "pretrain":
+        raise ValueError(f"{path}: not a checkpoint of pretrain.py; start from it with --init")
+    model = clipbert.ClipBertForPreTraining(clipbert.config_from(state))
+    model.load_state_dict(state["model"])
+    return model, state
+
+
+class Run(NamedTuple):
+    """What training and evaluation share."""
+
+    sources: list
+    settings: dict
+    device: clipbert.Device
+    tokenizer: object
+    seed: int
+    blind: bool
+
+    def loader(self, split, seed, batches):
+        s = self.settings
+        dataset = data.Mix([
+            data.CaptionDataset(
+                getattr(source, split), source.folder, captions=s["captions"], n_frames=s["frames"], fps=s["fps"],
+                size=s["size"], train=split == "train", seed=seed, blind=self.blind,
+            ) for source in self.sources
+        ])  # fmt: skip
+        collate = data.CaptionCollator(self.tokenizer, s["text_length"])
+        return data.data_loader(dataset, batches, collate, self.device.workers, self.device.name == "cuda")
+
+
+def to_device(batch, device):
+    """Tensors to the device; frames stay uint8 until they are there, a quarter of the bytes."""
+    return {k: v.to(device.name, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(run, model, optimizer, scaler, args, checkpoint, start, total_steps, validate):
+    """The training loop, as in finetune.py: a step is grad_accum batches, one update.
+
+    Which images, captions and masks it sees depends on the seed and the step alone; the grid tokens that are kept, and
+    dropout, on torch's random state, which checkpoints hold: a resumed run repeats the uninterrupted one.
+    """
+    s, device, sizes = run.settings, run.device, [len(source.train) for source in run.sources]
+    batches = data.mixed_order(
+        sizes, args.ratio or sizes, s["batch_size"], total_steps * s["grad_accum"], run.seed, start * s["grad_accum"]
+    )
+    loader = iter(run.loader("train", run.seed, batches))
+    log = clipbert.Log(args.out / "log.jsonl", start)
+    unreadable, seen, began = Counter(), 0, time.time()
+    progress = tqdm(range(start + 1, total_steps + 1), initial=start, total=total_steps, unit="step", disable=None)
+    model.train()
+    for step in progress:
+        lr = clipbert.learning_rate(step, total_steps, s["lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses = torch.zeros(2, device=device.name)
+        for _ in range(s["grad_accum"]):
+            batch = to_device(next(loader), device)
+            with device.autocast():
+                mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"], s["keep"])
+            parts = clipbert.mlm_loss(mlm, batch["mlm_labels"], s["mlm_over"]), clipbert.itm_loss(itm, batch["itm_labels"])
+            parts = torch.stack(parts) / s["grad_accum"]
+            scaler.scale(parts.sum()).backward()  # the two losses weigh the same
+            losses += parts.detach()
+            seen += len(batch["frames"])
+            unreadable.update(line for lines in batch["unreadable"] for line in lines)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip_grad"])
+        scaler.step(optimizer)  # skips the update if fp16 gradients overflowed
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        log.step(step=step, loss=losses.sum(), mlm=losses[0], itm=losses[1], lr=lr, grad_norm=norm)
+        if step % 10 == 0 or step == total_steps:  # reading a number off the GPU waits for it: not at every step
+            loss = log.flush()
+            progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{seen / (time.time() - began):.0f}")
+        if step % args.save_every == 0 or step == total_steps:
+            log.flush()
+            metrics = validate()
+            log.write(step=step, **metrics)
+            checkpoint(step, metrics)
+            model.train()
+    return unreadable
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: masks and mismatches are the same every time, whatever the seed and the batch size
+
+
+@torch.no_grad()
+def evaluate(run, model):
+    """Accuracies in percent, mean losses, and what could not be read."""
+    model.eval()
+    sizes, B = [len(source.val) for source in run.sources], run.settings["batch_size"]
+    batches = [[(k, 0, i) for i in range(b, min(b + B, size))] for k, size in enumerate(sizes) for b in range(0, size, B)]
+    sums, errors = Counter(), []
+    for batch in run.loader("val", 0, batches):
+        batch = to_device(batch, run.device)
+        with run.device.autocast():
+            mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"])
+        masked = batch["mlm_labels"] != -100
+        match = batch["itm_labels"] == 1
+        right = mlm.argmax(-1) == batch["mlm_labels"]  # (B*n, Lt)
+        sums["words"] += masked.sum().item()
+        sums["words_right"] += right.sum().item()
+        sums["matched_words"] += masked[match].sum().item()
+        sums["matched_words_right"] += right[match].sum().item()
+        sums["texts"] += len(itm)
+        sums["matched_texts"] += match.sum().item()
+        sums["texts_right"] += (itm.argmax(-1) == batch["itm_labels"]).sum().item()
+        sums["mlm"] += clipbert.mlm_loss(mlm, batch["mlm_labels"]).item() * masked.sum().item()
+        sums["itm"] += clipbert.itm_loss(itm, batch["itm_labels"]).item() * len(itm)
+        errors += [line for lines in batch["unreadable"] for line in lines]
+
+    def ratio(a, b, factor=100):
+        return round(factor * sums[a] / max(sums[b], 1), 4)
+
+    return {
+        "mlm_accuracy": ratio("words_right", "words"), "mlm_loss": ratio("mlm", "words", 1),
+        "mlm_accuracy_matched": ratio("matched_words_right", "matched_words"),
+        "itm_accuracy": ratio("texts_right", "texts"), "itm_loss": ratio("itm", "texts", 1),
+        "masked_words": sums["words"], "captions": sums["texts"], "matched": sums["matched_texts"],
+    }, errors  # fmt: skip
+
+
+def report(run, args, metrics, errors, seconds):
+    """Write metrics.json; print the table."""
+    where = [str(source.folder) for source in run.sources] if args.data else "toy"
+    images = sum(len(source.val) for source in run.sources)
+    everything = {"task": "pretrain", "data": where, "split": "val", "examples": images, "chance": 50.0,
+                  "seconds": round(seconds, 1), "blind": run.blind, "unreadable": len(errors), **metrics}  # fmt: skip
+    clipbert.write_text(args.out / "metrics.json", json.dumps(everything, indent=2) + "\n")
+    print(f"\npretraining, {images:,} validation images, {metrics['captions']:,} captions, {metrics['matched']:,} of them "
+          f"the image's own, {metrics['masked_words']:,} masked tokens{', blind' if run.blind else ''}")  # fmt: skip
+    print(f"{'':28}{'accuracy':>10}{'loss':>10}")
+    print(f"{'masked language modelling':28}{metrics['mlm_accuracy']:10.2f}{metrics['mlm_loss']:10.4f}")
+    print(f"{'  in matching captions':28}{metrics['mlm_accuracy_matched']:10.2f}")
+    print(f"{'image-text matching':28}{metrics['itm_accuracy']:10.2f}{metrics['itm_loss']:10.4f}")
+    clipbert.list_unreadable(errors, "seen as black in evaluation")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two things this script does
+
+
+def folders_for(args):
+    return args.data or [data.toy_data() / "coco_captions"]
+
+
+def run_training(args):
+    device = clipbert.choose_device(args)
+    clipbert.seed_everything(args.seed)
+    model, state = load_run(args.out / "last.pt") if args.resume else (None, None)
+    if state and "optimizer" not in state:
+        raise ValueError(f"{args.out / 'last.pt'}: holds no optimizer, so it can't go on; start from it with --init")
+    sources = [load_source(folder, args) for folder in folders_for(args)]
+    if state:
+        vocabulary = state["vocabulary"]
+    else:
+        texts = [text for source in sources for image in source.train for text in image.captions]
+        model, vocabulary = build_model(args, texts + ([] if args.data else data.toy_texts(data.toy_data())))
+    settings = settings_for(args, model.cfg.backbone == "tiny", state and state["settings"])
+    run = Run(sources, settings, device, data.build_tokenizer(vocabulary), args.seed, args.blind)
+    images, per_step = sum(len(source.train) for source in sources), settings["batch_size"] * settings["grad_accum"]
+    total_steps = settings["max_steps"] or settings["epochs"] * -(-images // per_step)
+
+    model.to(device.name)
+    optimizer = clipbert.build_optimizer(model, settings["weight_decay"])
+    scaler = torch.amp.GradScaler(device.name, enabled=device.dtype == torch.float16)
+    start, best = 0, float("inf")
+    if state:
+        start, best = state["step"], state["best"]
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        clipbert.restore_random_states(state["random"])
+        print(f"resuming from {args.out / 'last.pt'} at step {start} of {total_steps}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = {
+        "task": "pretrain", "data": [str(source.folder) for source in sources], "seed": args.seed,
+        "init": str(args.init or ""), "blind": args.blind, "device": device.name,
+        "precision": str(device.dtype).split(".")[1], "total_steps": total_steps, "settings": settings,
+        "model": clipbert.config_dict(model.cfg),
+    }  # fmt: skip
+    clipbert.write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
+    for source in sources:
+        print(f"{len(source.train):,} training and {len(source.val):,} validation images from {source.folder}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {total_steps:,} steps of {per_step} "
+          f"images on {device.name}: " + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None))  # fmt: skip
+
+    def checkpoint(step, metrics):
+        nonlocal best
+        contents = {
+            "task": "pretrain", "step": step, "model": model.state_dict(), "config": clipbert.config_dict(model.cfg),
+            "settings": settings, "vocabulary": vocabulary,
+        }  # fmt: skip
+        loss = metrics["mlm_loss"] + metrics["itm_loss"]
+        if loss < best:
+            best = loss
+            clipbert.save_checkpoint(args.out / "best.pt", contents)
+        contents |= {"best": best, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        clipbert.save_checkpoint(args.out / "last.pt", contents | {"random": clipbert.random_states()})
+
+    began, reports = time.time(), [({}, [])]
+
+    def validate():
+        reports[:] = [evaluate(run, model)]
+        return reports[0][0]
+
+    unreadable = train(run, model, optimizer, scaler, args, checkpoint, start, total_steps, validate)
+    clipbert.list_unreadable(unreadable.elements(), "replaced by other examples in training")
+    report(run, args, *evaluate(run, model), time.time() - began)
+    if not args.data:
+        print(f"\nNext: python finetune.py --task tgif_qa --init {args.out / 'last.pt'}")
+
+
+def run_evaluation(args):
+    model, state = load_run(args.eval)
+    device, settings = clipbert.choose_device(args), settings_for(args, None, state["settings"])
+    sources = [load_source(folder, args) for folder in folders_for(args)]
+    run = Run(sources, settings, device, data.build_tokenizer(state["vocabulary"]), args.seed, args.blind)
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    report(run, args, *evaluate(run, model.to(device.name)), time.time() - began)
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+    clipbert.main(run_evaluation if args.eval else run_training, args)
