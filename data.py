@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from transformers import BertTokenizer
+from transformers.utils import cached_file
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's workers are parallel enough
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -48,6 +49,10 @@ TOY_VERSION = 1  # of the toy data: a new number rewrites it
 
 class DataError(ValueError):
     """Bad input: one line that names the file and what to do."""
+
+
+class NoAnnotations(DataError):
+    """A split that has no annotation file."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,7 +219,7 @@ def find_file(folder, *patterns, required=True):
         if found:
             return found[0]
     if required:
-        raise DataError(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
+        raise NoAnnotations(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
 
 
 def collect(source, pairs, one_per_video=False):
@@ -898,17 +903,17 @@ def build_tokenizer(vocabulary):
     return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
 
 
-def read_vocabulary(folder):
-    """The tokens of a bert-base-uncased folder (vocab.txt), or, with None, of the same from the hub."""
+def read_vocabulary(folder=None):
+    """The 30,522 tokens of bert-base-uncased: vocab.txt of a local folder, or, with None, the hub's."""
     try:
-        tokenizer = BertTokenizer.from_pretrained(folder or "bert-base-uncased")
-    except Exception as error:  # the hub raises many kinds of network errors
-        raise DataError(
-            f"no WordPiece vocabulary ({type(error).__name__}): give --bert DIR, a bert-base-uncased folder with "
-            "vocab.txt, or --scratch to build one from the training text"
-        ) from error
-    vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary, key=vocabulary.get)
+        path = Path(folder) / "vocab.txt" if folder else cached_file("bert-base-uncased", "vocab.txt")
+        vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        reason = str(error).splitlines()[0][:150]
+        raise DataError(f"no WordPiece vocabulary ({reason}): give --bert DIR, a folder with BERT's vocab.txt") from None
+    if missing := set(SPECIAL_TOKENS) - set(vocabulary):
+        raise DataError(f"{path}: {', '.join(sorted(missing))} missing; this is not a BERT vocabulary")
+    return vocabulary
 
 
 def vocabulary_from_text(texts, size=10_000):
@@ -1083,10 +1088,15 @@ class CaptionDataset(ClipDataset):
         return item | {"captions": texts, "matches": matches, "generator": generator}
 
     def draw_captions(self, image, generator):
-        """-> n captions (repeated if there are fewer) and n labels: 1 if it is the image's own, 0 if another's."""
+        """-> n captions (repeated if there are fewer) and n labels: 1 if it is the image's own, 0 if another's.
+
+        Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss of a coin: as
+        many right as wrong ones per image. Otherwise ITM begins by learning which pictures had luck with their coins.
+        """
         order = torch.randperm(len(image.captions), generator=generator).tolist()
-        texts = [image.captions[order[i % len(order)]] for i in range(self.captions)]
-        matches = (torch.rand(self.captions, generator=generator) < 0.5).long().tolist()
+        texts = [image.captions[order[i // 2 % len(order)]] for i in range(self.captions)]  # of two, one will stay
+        coin = torch.randint(2, (), generator=generator).item()
+        matches = [(i + coin) % 2 for i in range(self.captions)]
         for i, match in enumerate(matches):
             wrong = None if match else self.draw_mismatch(image, generator)
             matches[i], texts[i] = (0, wrong) if wrong else (1, texts[i])
@@ -1143,11 +1153,18 @@ class CaptionCollator(Collator):
     frames (B, 1, T, 3, L, L) uint8; input_ids, attention_mask, mlm_labels (B*n, Lt); itm_labels (B*n,), 1: a match.
     """
 
+    def __init__(self, tokenizer, text_length, mask_rate=0.15):
+        super().__init__(tokenizer, text_length)
+        self.mask_rate = mask_rate
+
+    def mask(self, ids, generator):
+        return mask_tokens(torch.tensor(ids), self.tokenizer, generator, self.mask_rate)
+
     def __call__(self, items):
         rows = []
         for item in items:
             tokens = self.tokenizer(item["captions"], truncation=True, max_length=self.text_length)
-            rows += [mask_tokens(torch.tensor(ids), self.tokenizer, item["generator"]) for ids in tokens["input_ids"]]
+            rows += [self.mask(ids, item["generator"]) for ids in tokens["input_ids"]]
         ids, labels = zip(*rows, strict=True)
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return {
@@ -1163,8 +1180,9 @@ class CaptionCollator(Collator):
 def data_loader(dataset, batches, collate, workers, pin_memory=False):
     """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory
-    )
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1180,7 +1198,7 @@ TOY_COLORS = {
     "red": (220, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 240), "yellow": (240, 220, 50),
     "purple": (160, 60, 200), "orange": (250, 140, 30), "white": (240, 240, 240), "pink": (250, 130, 190),
 }  # fmt: skip
-TOY_SHAPES = ["square", "circle", "triangle", "star"]
+TOY_SHAPES = ["square", "bar", "triangle", "cross"]
 TOY_ACTIONS = ["jump", "spin", "grow", "shrink", "blink", "split", "shine", "wave"]
 TOY_PLACES = {"left": (16, 30), "right": (48, 30), "top": (32, 22), "bottom": (32, 42)}
 TOY_NUMBERS = ["one", "two", "three", "four"]
@@ -1221,11 +1239,15 @@ def toy_video(name, rng):
 
 
 def toy_polygon(shape, x, y, r):
-    corners = {"square": 4, "circle": 24, "triangle": 3, "star": 10}[shape]
-    turn = math.pi / 4 if shape == "square" else -math.pi / 2
-    radii = [r * 0.45 if shape == "star" and i % 2 else r for i in range(corners)]
-    angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
-    return [(x + radius * math.cos(a), y + radius * math.sin(a)) for radius, a in zip(radii, angles, strict=True)]
+    """The corners of a shape of radius r around (x, y)."""
+    corners = {
+        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+        "bar": [(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)],
+        "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
+        "cross": [(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35), (1.2, -0.35), (1.2, 0.35), (0.35, 0.35),
+                  (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35), (-0.35, -0.35)],
+    }[shape]  # fmt: skip
+    return [(x + r * dx, y + r * dy) for dx, dy in corners]
 
 
 def draw_toy_object(draw, color, shape, x, y, action, r=10):
@@ -1283,13 +1305,14 @@ def toy_questions(video, kind, rng):
         return {"question": question, **{f"a{i}": o for i, o in enumerate(options, 1)}, "answer": options.index(answer)}
     if kind == "count":
         return {"question": f"how many times does {video.subject} {video.action} ?", "answer": video.times}
-    number = rng.randrange(4)  # FrameQA's types: 0 object, 1 number, 2 color, 3 location
+    # FrameQA's types: 1 number, 2 color, 3 location. None asks for a shape (type 0, object): 64 pixels and a few minutes
+    # from scratch are too little to learn it.
+    number = rng.randint(1, 3)
     question, answer = [
-        (f"what is the {video.color} thing ?", video.shape),
         ("how many moons are in the sky ?", TOY_NUMBERS[video.moons - 1]),
         (f"what is the color of the {video.shape} ?", video.color),
         (f"where is the {video.color} {video.shape} ?", video.place),
-    ][number]
+    ][number - 1]
     return {"question": question, "answer": answer, "type": number}
 
 
@@ -1300,9 +1323,7 @@ def write_toy_tgif_qa(folder, train=1000, test=200, seed=0):
         rng = random.Random(f"{split} {seed}")
         videos = [toy_video(f"toy_{split.lower()}_{i:04d}", rng) for i in range(count)]
         for video in videos:
-            first, *rest = draw_toy_video(video, rng)
-            first.save(folder / "gifs" / f"{video.name}.gif", save_all=True, append_images=rest,
-                       duration=1000 // TOY_FPS, loop=0, optimize=False)  # fmt: skip
+            write_gif(draw_toy_video(video, rng), folder / "gifs" / f"{video.name}.gif")
         for kind in ("action", "transition", "frameqa", "count"):
             rows = [{"gif_name": v.name, **toy_questions(v, kind, rng), "vid_id": f"{kind.upper()}{i}", "key": i}
                     for i, v in enumerate(videos)]  # fmt: skip
@@ -1313,28 +1334,33 @@ def write_toy_tgif_qa(folder, train=1000, test=200, seed=0):
 def toy_captions(photo):
     """All that is ever said about a toy photo. It is a closed list, so that what is not on it is wrong of the photo.
 
-    Most captions name one or two attributes: where every caption names all, the color alone tells a mismatch.
+    Several name nothing but the action: where every caption names all, the color alone tells a mismatch.
     """
     does, verb = photo.action or "nothing", "is" if photo.moons == 1 else "are"
     return [
+        f"it does {does}",
         f"the thing does {does}",
         f"the {photo.shape} does {does}",
         f"{photo.subject} does {does}",
-        f"the {photo.color} thing is on the {photo.place}",
-        f"the color of the {photo.shape} is {photo.color}",
+        f"{photo.subject} is on the {photo.place}",
         f"there {verb} {TOY_NUMBERS[photo.moons - 1]} moon{'s' * (photo.moons > 1)} in the sky",
     ]
 
 
+def toy_photo(rng):
+    """One frame of a toy video, with or without an action."""
+    action = rng.choice([None, *TOY_ACTIONS])
+    return toy_video("", rng)._replace(action=action, timeline=[(action, rng.randint(0, 5))])
+
+
 def write_toy_coco(folder, train=2000, val=200, seed=0):
     """COCO's layout: captions_{train,val}2017.json, {train,val}2017/<12 digits>.png; a photo is one frame of a GIF."""
-    for split, count in (("train", train), ("val", val)):
+    for split, first, count in (("train", 1, train), ("val", train + 1, val)):
         rng = random.Random(f"photos {split} {seed}")
         (folder / f"{split}2017").mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
-        for i in range(1, count + 1):
-            action = rng.choice([None, *TOY_ACTIONS])
-            photo = toy_video("", rng)._replace(action=action, timeline=[(action, rng.randint(0, 5))])
+        for i in range(first, first + count):  # no number stands for two photos
+            photo = toy_photo(rng)
             image = {"id": i, "file_name": f"{i:012d}.png", "width": TOY_SIZE, "height": TOY_SIZE}
             draw_toy_video(photo, rng)[0].save(folder / f"{split}2017" / image["file_name"])
             images.append(image)
@@ -1344,11 +1370,113 @@ def write_toy_coco(folder, train=2000, val=200, seed=0):
         (folder / f"captions_{split}2017.json").write_text(contents, encoding="utf-8")
 
 
+def write_gif(frames, path):
+    first, *rest = frames
+    first.save(path, save_all=True, append_images=rest, duration=1000 // TOY_FPS, loop=0, optimize=False)
+
+
+def toy_sentences(video):
+    """Captions of a toy video. They leave out the colour: alike but for what happens, so that clips must be seen."""
+    return [
+        f"the {video.shape} does {video.action} before {video.last}",
+        f"the {video.shape} does {video.last} after {video.action}",
+        f"the {video.shape} does {video.action} {video.times} times before {video.last}",
+    ]
+
+
+def write_toy_msrvtt(folder, train=600, test=100, seed=0):
+    """MSRVTT's layout, for retrieval (1k-A), question answering and multiple choice: videos 0 .. test-1 are the test.
+
+    The same videos stand there in DiDeMo's and ActivityNet's layouts, too: two sentences make a paragraph. No two test videos show the same shape with the same two actions. (GIFs, not MP4s: they decode in a millisecond.)
+    """
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    rng, seen, videos = random.Random(f"msrvtt {seed}"), set(), []
+    while len(videos) < test + train:
+        video = toy_video(f"video{len(videos)}", rng)
+        content = (video.shape, *sorted((video.action, video.last)))
+        if len(videos) >= test or content not in seen:
+            seen.add(content)
+            videos.append(video)
+            write_gif(draw_toy_video(video, rng), folder / "videos" / f"{video.name}.gif")
+    tests, trains = videos[:test], videos[test:]
+    sentences = [{"sen_id": 3 * i + k, "video_id": video.name, "caption": caption}
+                 for i, video in enumerate(videos) for k, caption in enumerate(toy_sentences(video))]  # fmt: skip
+    parts = [{"video_id": v.name, "split": "test" if i < test else "train"} for i, v in enumerate(videos)]
+    write_json(folder / "MSRVTT_data.json", {"videos": parts, "sentences": sentences})
+    (folder / "MSRVTT_train.9k.csv").write_text("\n".join(["video_id", *(v.name for v in trains)]) + "\n")
+    rows = [f"ret{i},msr{i},{video.name},{toy_sentences(video)[0]}" for i, video in enumerate(tests)]
+    (folder / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(["key,vid_key,video_id,sentence", *rows]) + "\n")
+    for split, part in (("train", trains), ("test", tests)):
+        questions = [toy_open_question(video, rng) | {"video_id": int(video.name[5:])} for video in part for _ in range(3)]
+        write_json(folder / f"{split}_qa.json", [{"id": i} | question for i, question in enumerate(questions)])
+    choices = []
+    for video in tests:
+        options = [toy_sentences(other)[0] for other in rng.sample([v for v in tests if v is not video], 4)]
+        answer = rng.randrange(5)
+        options.insert(answer, toy_sentences(video)[0])
+        choices.append(json.dumps({"clip_name": video.name, "options": options, "answer": answer}))
+    (folder / "msrvtt_mc_test.jsonl").write_text("\n".join(choices) + "\n")
+    for split, name, part in (("train", "train", trains), ("test", "val_1", tests)):
+        said = {video.name: [f"the {video.shape} does {act}" for act in (video.action, video.last)] for video in part}
+        moments = [(video, sentence) for video in said for sentence in said[video]]
+        write_json(folder / f"{split}_data.json", [{"annotation_id": i, "video": video, "description": sentence}
+                                                   for i, (video, sentence) in enumerate(moments)])  # fmt: skip
+        write_json(folder / f"{name}.json", {video: {"duration": 8.0, "timestamps": [[0, 8], [0, 8]], "sentences": both}
+                                             for video, both in said.items()})  # fmt: skip
+
+
+def toy_open_question(video, rng):
+    """A question to be answered in a word: what an object does next, or what it is."""
+    question = toy_questions(video, rng.choice(["transition", "frameqa"]), rng)
+    if "a1" in question:
+        question["answer"] = question[f"a{question['answer'] + 1}"]
+    return {"question": question["question"], "answer": question["answer"]}
+
+
+def write_toy_vqa(folder, train=1500, test=200, seed=0):
+    """VQA v2's layout: official questions and annotations, two questions a photo, each answered by ten people."""
+    for split, count in (("train2014", train), ("val2014", test)):
+        rng = random.Random(f"vqa {split} {seed}")
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        questions, annotations = [], []
+        for image in range(1, count + 1):
+            photo = toy_photo(rng)
+            draw_toy_video(photo, rng)[0].save(folder / split / f"COCO_{split}_{image:012d}.png")
+            for _ in range(2):
+                question, answer, kind = toy_vqa_question(photo, rng)
+                ids = {"question_id": len(questions), "image_id": image}
+                people = [answer] * 9 + [rng.choice([*TOY_COLORS, *TOY_SHAPES, "yes", "no"])]  # one has not looked
+                said = [{"answer": given, "answer_id": i} for i, given in enumerate(people, 1)]
+                questions.append(ids | {"question": question})
+                annotations.append(ids | {"answers": said, "answer_type": kind, "multiple_choice_answer": answer})
+        write_json(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions})
+        write_json(folder / f"v2_mscoco_{split}_annotations.json", {"annotations": annotations})
+
+
+def toy_vqa_question(photo, rng):
+    """(question, answer, answer type)"""
+    if rng.random() < 0.3:
+        color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
+        return f"is the {photo.shape} {color} ?", "yes" if color == photo.color else "no", "yes/no"
+    if photo.action and rng.random() < 0.3:
+        return f"what does the {photo.color} {photo.shape} do ?", photo.action, "other"
+    question = toy_questions(photo, "frameqa", rng)
+    answer = question["answer"]
+    return question["question"], answer, "number" if answer in TOY_NUMBERS else "other"
+
+
+def write_json(path, contents):
+    path.write_text(json.dumps(contents), encoding="utf-8")
+
+
 def toy_texts(folder):
     """Questions and answers of the toy tasks: a vocabulary from captions and these serves fine-tuning, too."""
     kinds = ("action", "transition", "frameqa", "count")
     examples = [example for kind in kinds for example in read_tgif_qa(folder / "tgif_qa", kind, "train")]
-    return [text for example in examples for text in (*input_texts(example), str(example.answer))]
+    examples += read_msrvtt_retrieval(folder / "msrvtt", "train") + read_msrvtt_qa(folder / "msrvtt", "train")
+    examples += read_vqa(folder / "vqa", "train")
+    answers = [e.answer if isinstance(e.answer, dict) else [str(e.answer or "")] for e in examples]
+    return [text for e, words in zip(examples, answers, strict=True) for text in (*input_texts(e), *words)]
 
 
 def toy_data(folder="toy_data"):
@@ -1356,8 +1484,11 @@ def toy_data(folder="toy_data"):
     folder = Path(folder)
     marker = folder / f"complete-{TOY_VERSION}"
     if not marker.exists():
-        print(f"writing the toy data to {folder}/ (once, about 15 seconds)", flush=True)
+        print(f"writing the toy data to {folder}/ (once, about 30 seconds)", flush=True)
         write_toy_tgif_qa(folder / "tgif_qa")
+        write_toy_msrvtt(folder / "msrvtt")
+        write_toy_vqa(folder / "vqa")
+        write_toy_coco(folder / "coco_captions")
         marker.touch()
     return folder
 

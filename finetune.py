@@ -76,9 +76,9 @@ TASKS = {
     "tgif_qa_frameqa": Task("TGIF-QA FrameQA", tgif("frameqa"), "tgif_qa", "answer", answers=1540),
     "tgif_qa_count": Task("TGIF-QA count", tgif("count"), "tgif_qa", "count"),
     "msrvtt_retrieval": Task("MSRVTT retrieval", data.read_msrvtt_retrieval, "msrvtt", "match", 2, **RETRIEVAL),
-    "didemo_retrieval": Task("DiDeMo paragraph retrieval", data.read_didemo, "didemo", "match", 2,
+    "didemo_retrieval": Task("DiDeMo paragraph retrieval", data.read_didemo, "msrvtt", "match", 2,
                              **RETRIEVAL | {"validation": True, "text_length": 100, "batch_size": 8, "grad_accum": 4}),
-    "activitynet_retrieval": Task("ActivityNet paragraph retrieval", data.read_activitynet, "activitynet", "match", 2,
+    "activitynet_retrieval": Task("ActivityNet paragraph retrieval", data.read_activitynet, "msrvtt", "match", 2,
                                   **RETRIEVAL | {"text_length": 100, "fps": 1.0, "train_clips": 4, "grad_accum": 2,
                                                  "epochs": 80}),
     "msrvtt_qa": Task("MSRVTT-QA", data.read_msrvtt_qa, "msrvtt", "answer", 1500, all_answers=False, validation=True,
@@ -191,12 +191,12 @@ def answers_for(task, folder, train):
 def build_model(args, task, answers, texts):
     """A new model and its vocabulary, started from --init, or ImageNet and BERT, or at random."""
     state = clipbert.load_checkpoint(args.init) if args.init else None
+    pretrained = args.model == "base" and not args.scratch and not state
     if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
         cfg, vocabulary = clipbert.config_from(state), state["vocabulary"]
-    elif state:
-        cfg, vocabulary = clipbert.ClipBertConfig.official(), data.read_vocabulary(args.bert)
-    elif args.model == "base" and not (args.scratch and not args.bert):
-        cfg, vocabulary = clipbert.ClipBertConfig.base(), data.read_vocabulary(args.bert)
+    elif state or pretrained:
+        cfg = clipbert.ClipBertConfig.official() if state else clipbert.ClipBertConfig.base()
+        vocabulary = None  # BERT's: read after the weights, which are the likelier to be missing
     else:
         vocabulary = data.vocabulary_from_text(texts)
         cfg = clipbert.ClipBertConfig.base() if args.model == "base" else clipbert.ClipBertConfig.tiny()
@@ -205,9 +205,9 @@ def build_model(args, task, answers, texts):
     model = clipbert.ClipBert(cfg, max(task.answers, len(answers or [])))  # the reference's max(n, 1540) for FrameQA
     if state:
         print(f"{args.init}: {clipbert.load_any_checkpoint(model, state)}")
-    elif args.model == "base" and not args.scratch:
+    elif pretrained:
         print(clipbert.load_pretrained(model, args.resnet, args.bert))
-    return model, vocabulary
+    return model, vocabulary or data.read_vocabulary(args.bert)
 
 
 def load_run(path, task_name):
@@ -591,7 +591,11 @@ def only_known_answers(examples, answers, what):
 
 def validation(args, run, model, checkpoint):
     """-> a function of the step that evaluates on the validation split, one clip a video, and keeps the best.pt."""
-    _, examples = load_examples(args, "val")
+    try:
+        _, examples = load_examples(args, "val")
+    except data.NoAnnotations as error:
+        print(f"{error}: without a validation split the last checkpoint counts as the best")
+        return None
     best = -1.0
 
     def validate(step):
