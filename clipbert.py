@@ -361,7 +361,9 @@ def video_loss(p, target, kind):
 
 
 def rank_loss(p, margin=0.2):
-    """Rank a video's own caption above wrong ones by a margin: mean of max(0, margin + s(p_wrong) - s(p_own)), s sigmoid.
+    """Rank a video's own caption above wrong ones by a margin.
+
+        loss = mean of max(0, margin + sigmoid(p_wrong) - sigmoid(p_own))
 
     p (B, 1 + wrong captions), the own caption first.
     """
@@ -375,7 +377,7 @@ def match_score(p):
 
 
 def mlm_loss(scores, labels, over="masked"):
-    """Masked language modelling (paper, section 3: pretraining): the masked words M from the other words and the image v.
+    """Masked language modelling (paper, section 3): the masked words M from the other words and the image v.
 
         L_MLM = -1/|M| sum_{m in M} log P(w_m | w_{not M}, v)
 
@@ -393,7 +395,7 @@ def mlm_loss(scores, labels, over="masked"):
 
 
 def itm_loss(scores, labels):
-    """Image-text matching (paper, section 3: pretraining): y = 1 if caption S and image v belong together, 0 if S is another image's.
+    """Image-text matching (paper, section 3): y = 1 if caption S and image v belong together, 0 if S is another's.
 
         L_ITM = -log P(y | S, v)
 
@@ -670,6 +672,10 @@ def main(job, args):
         if args.debug:
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "
+              "smaller --size", file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)

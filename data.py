@@ -3,7 +3,7 @@
 Four parts, in the order in which data flows:
 
     annotation files  ->  Example(video, text, options, answer)          `read_tgif_qa` and its like
-    videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips`  (paper, section 3)
+    videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips` (paper, section 3)
     text              ->  WordPiece ids, (n, Lt)                         `build_tokenizer`
     examples          ->  batches                                        `ClipDataset`, `Collator`
     and, where nothing has been downloaded: the toy data                 `toy_data`
@@ -910,7 +910,7 @@ def read_vocabulary(folder=None):
         vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         reason = str(error).splitlines()[0][:150]
-        raise DataError(f"no WordPiece vocabulary ({reason}): give --bert DIR, a folder with BERT's vocab.txt") from None
+        raise DataError(f"no vocabulary ({reason}): give --bert DIR, a folder with BERT's vocab.txt") from None
     if missing := set(SPECIAL_TOKENS) - set(vocabulary):
         raise DataError(f"{path}: {', '.join(sorted(missing))} missing; this is not a BERT vocabulary")
     return vocabulary
@@ -1007,7 +1007,7 @@ class Collator:
             "frames": torch.stack([item["frames"] for item in items]),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
-            "target": torch.tensor([t for item in items for t in item.get("matches") or [self.target(item["example"])]]),
+            "target": torch.tensor([t for item in items for t in item.get("matches", [self.target(item["example"])])]),
             "examples": examples,
             "unreadable": [item["unreadable"] for item in items],
         }
@@ -1232,7 +1232,7 @@ def toy_video(name, rng):
     timeline = [(None, times)] * idle[0]  # the marks of the last round stay until the next one begins
     for i, (act, length) in enumerate(acts, 1):
         timeline += [(act, min(i, times))] * length + [(None, min(i, times))] * idle[i]
-    start = rng.randrange(TOY_FRAMES)  # GIFs loop: one may start anywhere, so no place in it, the middle say, is special
+    start = rng.randrange(TOY_FRAMES)  # GIFs loop: one may start anywhere, so no place in it is special
     timeline = timeline[start:] + timeline[:start]
     color, shape, place = rng.choice(list(TOY_COLORS)), rng.choice(TOY_SHAPES), rng.choice(list(TOY_PLACES))
     return ToyVideo(name, color, shape, place, rng.randint(1, 4), action, times, last, timeline)
@@ -1305,8 +1305,8 @@ def toy_questions(video, kind, rng):
         return {"question": question, **{f"a{i}": o for i, o in enumerate(options, 1)}, "answer": options.index(answer)}
     if kind == "count":
         return {"question": f"how many times does {video.subject} {video.action} ?", "answer": video.times}
-    # FrameQA's types: 1 number, 2 color, 3 location. None asks for a shape (type 0, object): 64 pixels and a few minutes
-    # from scratch are too little to learn it.
+    # FrameQA's types: 1 number, 2 color, 3 location. None asks for a shape (type 0, object): 64 pixels and a few
+    # minutes from scratch are too little to learn it.
     number = rng.randint(1, 3)
     question, answer = [
         ("how many moons are in the sky ?", TOY_NUMBERS[video.moons - 1]),
@@ -1387,7 +1387,8 @@ def toy_sentences(video):
 def write_toy_msrvtt(folder, train=600, test=100, seed=0):
     """MSRVTT's layout, for retrieval (1k-A), question answering and multiple choice: videos 0 .. test-1 are the test.
 
-    The same videos stand there in DiDeMo's and ActivityNet's layouts, too: two sentences make a paragraph. No two test videos show the same shape with the same two actions. (GIFs, not MP4s: they decode in a millisecond.)
+    The same videos stand there in DiDeMo's and ActivityNet's layouts, too: two sentences make a paragraph. No two test
+    videos show the same shape with the same two actions. (GIFs, not MP4s: they decode in a millisecond.)
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     rng, seen, videos = random.Random(f"msrvtt {seed}"), set(), []
@@ -1407,7 +1408,7 @@ def write_toy_msrvtt(folder, train=600, test=100, seed=0):
     rows = [f"ret{i},msr{i},{video.name},{toy_sentences(video)[0]}" for i, video in enumerate(tests)]
     (folder / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(["key,vid_key,video_id,sentence", *rows]) + "\n")
     for split, part in (("train", trains), ("test", tests)):
-        questions = [toy_open_question(video, rng) | {"video_id": int(video.name[5:])} for video in part for _ in range(3)]
+        questions = [toy_open_question(v, rng) | {"video_id": int(v.name[5:])} for v in part for _ in range(3)]
         write_json(folder / f"{split}_qa.json", [{"id": i} | question for i, question in enumerate(questions)])
     choices = []
     for video in tests:

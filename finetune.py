@@ -92,7 +92,8 @@ ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 # What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy frames do not show the
 # answer, and at 1e-3 that noise teaches the scores to ignore the options before attention has learned to match them.
-TINY = {"size": 64, "batch_size": 32, "grad_accum": 1, "lr": 3e-4, "max_steps": 800}
+TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4,
+        "max_steps": 800}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: a task's row, then the tiny model's changes, then the command line
@@ -123,7 +124,7 @@ def parse_arguments(arguments=None):
         add(f"--{name}", type=float)
     add("--agg", choices=["mean", "max", "lse"], help="G: how clips become a video")
     add("--test_clips", type=positive, nargs="+", help="N_test: evaluate at each of these")
-    add("--rank_loss", action="store_true", help="retrieval: margin between right and wrong captions, not cross entropy")
+    add("--rank_loss", action="store_true", help="retrieval: a margin between captions, not cross entropy")
     add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
     add("--limit", type=positive, help="use only the first so many examples of each split")
     add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
@@ -163,7 +164,7 @@ def settings_for(args, backbone, stored=None):
 # Data and model
 
 
-def load_examples(args, split, training=None):
+def load_examples(args, split):
     """The examples of a split. Missing videos stop the run, unless --allow_missing."""
     task = TASKS[args.task]
     folder = args.data or data.toy_data() / task.toy
@@ -184,7 +185,7 @@ def load_examples(args, split, training=None):
 def answers_for(task, folder, train):
     """The list of answers of an open-ended task; an answer's place is its label. None for other kinds."""
     if task.kind not in ("answer", "soft"):
-        return None
+        return None  # a score per option, per caption or per count needs no list
     return data.read_answer_list(folder) or data.answer_list(train, None if task.all_answers else task.answers)
 
 
@@ -210,16 +211,21 @@ def build_model(args, task, answers, texts):
     return model, vocabulary or data.read_vocabulary(args.bert)
 
 
+def task_row(args, state):
+    """The task's row of the table; with --rank_loss, or a checkpoint trained with it, one score instead of two."""
+    task = TASKS[args.task]
+    if task.kind == "match" and (state["num_outputs"] == 1 if state else args.rank_loss):
+        return task._replace(kind="rank", answers=1)
+    return task
+
+
 def load_run(path, task_name):
     """A model and everything needed to use it, from one of our fine-tuning checkpoints."""
     state = clipbert.load_checkpoint(path)
     if "num_outputs" not in state:
         raise ValueError(f"{path}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
-    if TASKS[state["task"]].kind != "match" or TASKS[task_name].kind != "match":  # one retrieval model does for all
-        same = state["task"] == task_name
-    else:
-        same = True
-    if not same:
+    retrieval = TASKS[state["task"]].kind == TASKS[task_name].kind == "match"  # one retrieval model does for them all
+    if state["task"] != task_name and not retrieval:
         raise ValueError(f"{path}: a checkpoint of --task {state['task']}, not {task_name}")
     model = clipbert.ClipBert(clipbert.config_from(state), state["num_outputs"])
     model.load_state_dict(state["model"])
@@ -395,7 +401,7 @@ def chance_level(task, train, test):
 
 @torch.no_grad()
 def score_pairs(run, model, examples, n_clips):
-    """Scores of all pairs: (captions, videos) probabilities of a match, the videos' names, and what could not be read."""
+    """Probabilities of a match (captions, videos), the videos' names, and what could not be read."""
     model.eval()
     videos = list({example.video: example for example in examples}.values())  # one example of each video
     captions = caption_batches(run.tokenizer, [example.text for example in examples], run.settings["text_length"])
@@ -467,9 +473,10 @@ def evaluate_retrieval(run, model, examples, clip_counts):
         ranks = mean_rank(scores.gather(1, torch.tensor(columns)[:, None]), scores).tolist()
         best = scores.topk(min(5, len(videos))).indices.tolist()
         predictions = [
-            {"id": e.id, "video": e.video, "text": e.text, "rank": rank, "prediction": [videos[i] for i in top], "clips": n}
+            {"id": e.id, "video": e.video, "text": e.text, "rank": rank, "prediction": [videos[i] for i in top],
+             "clips": n}
             for e, rank, top in zip(examples, ranks, best, strict=True)
-        ]
+        ]  # fmt: skip
     return by_clips, predictions, errors
 
 
@@ -519,8 +526,9 @@ def run_training(args):
         print(f"resuming from {args.out / 'last.pt'} at step {state['step']} of {total_steps}")
     write_config(args, run, model, total_steps)
     print(f"{run.task.title}: {len(examples):,} training and {len(test):,} test examples from {run.folder}")
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {total_steps:,} steps of {per_step} examples "
-          f"on {run.device.name}: " + ", ".join(f"{k} {v}" for k, v in s.items() if v is not None))  # fmt: skip
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.1f}M parameters, {total_steps:,} steps of {per_step} examples on {run.device.name}: "
+          + ", ".join(f"{k} {v}" for k, v in s.items() if v is not None))  # fmt: skip
 
     def checkpoint(name, step, training=True):
         contents = {
@@ -558,10 +566,8 @@ def load_resumable(args):
 
 
 def prepare(args, state):
-    """-> the Run, a new (or, with a checkpoint's state, the stopped) model, its vocabulary, training and test examples."""
-    task = TASKS[args.task]
-    if args.rank_loss:
-        task = task._replace(kind="rank", answers=1)
+    """-> the Run, a new (or, with a checkpoint's state, the stopped) model, its vocabulary, training, test examples."""
+    task = task_row(args, state)
     folder, examples = load_examples(args, "train")
     _, test = load_examples(args, "test")
     if state:
@@ -613,9 +619,9 @@ def validation(args, run, model, checkpoint):
 def write_config(args, run, model, total_steps):
     args.out.mkdir(parents=True, exist_ok=True)
     config = {
-        "task": args.task, "data": str(run.folder), "seed": args.seed, "init": str(args.init or ""), "blind": args.blind,
-        "device": run.device.name, "precision": str(run.device.dtype).split(".")[1], "total_steps": total_steps,
-        "settings": run.settings, "model": clipbert.config_dict(model.cfg),
+        "task": args.task, "data": str(run.folder), "seed": args.seed, "init": str(args.init or ""),
+        "blind": args.blind, "device": run.device.name, "precision": str(run.device.dtype).split(".")[1],
+        "total_steps": total_steps, "settings": run.settings, "model": clipbert.config_dict(model.cfg),
     }  # fmt: skip
     clipbert.write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -624,9 +630,7 @@ def load_for_use(args):
     """A fine-tuned checkpoint, ready to answer: (run, model)."""
     model, state = load_run(args.eval, args.task)
     settings = settings_for(args, None, state["settings"])
-    task, device = TASKS[args.task], clipbert.choose_device(args)
-    if task.kind == "match" and state["num_outputs"] == 1:
-        task = task._replace(kind="rank")  # it was trained with --rank_loss
+    task, device = task_row(args, state), clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data() / task.toy)
     run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind)

@@ -48,7 +48,7 @@ PAPER = {
     "mlm_over": "masked",  # what the MLM loss is averaged over, see clipbert.mlm_loss
 }
 
-# What the tiny model changes. From random weights ITM stays at ln(2) for hundreds of steps, and the longer, the more MLM
+# What the tiny model changes. From random weights ITM stays at ln(2) for hundreds of steps, the longer, the more MLM
 # weighs: its large, easy gains (which word follows which, without looking) teach attention to leave the picture alone.
 # Hence the reference's average over all positions, that is, a small weight, and a low learning rate.
 TINY = {"size": 64, "captions": 6, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200, "mlm_over": "all"}
