@@ -512,9 +512,28 @@ def load_official_checkpoint(model, checkpoint):
     )
 
 
-def load_any_checkpoint(model, state):
-    """Copy a loaded checkpoint, ours (whatever its task) or the official one. -> LoadReport."""
-    return copy_weights(model, state["model"]) if "config" in state else load_official_checkpoint(model, state)
+def start_model(build, args, text_vocabulary, bert_vocabulary):
+    """A new model and its vocabulary: from --init, from ImageNet and BERT, or at random (both scripts' flags).
+
+    build: config -> model. text_vocabulary(), bert_vocabulary(): lists of tokens, made only if they are needed.
+    """
+    state = load_checkpoint(args.init) if args.init else None
+    if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
+        model, vocabulary = build(config_from(state)), state["vocabulary"]
+        print(f"{args.init}: {copy_weights(model, state['model'])}")
+    elif state:
+        model = build(ClipBertConfig.official())
+        print(f"{args.init}: {load_official_checkpoint(model, state)}")
+        vocabulary = bert_vocabulary()
+    elif args.model == "base" and not args.scratch:
+        model = build(ClipBertConfig.base())
+        print(load_pretrained(model, args.resnet, args.bert))
+        vocabulary = bert_vocabulary()
+    else:
+        vocabulary = text_vocabulary()
+        cfg = ClipBertConfig.base() if args.model == "base" else ClipBertConfig.tiny()
+        model = build(replace(cfg, vocab_size=len(vocabulary), frozen_stages=0))  # random weights: nothing to protect
+    return model, vocabulary
 
 
 def load_pretrained(model, resnet=None, bert=None):
@@ -594,6 +613,10 @@ class Device(NamedTuple):
     def autocast(self):
         return torch.autocast(self.name, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    def move(self, batch):
+        """Tensors to the device; frames stay uint8 until they are there, a quarter of the bytes."""
+        return {k: v.to(self.name, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
 
 def choose_device(args):
     gpu = torch.cuda.is_available()
@@ -606,16 +629,19 @@ def choose_device(args):
     return Device("cuda" if gpu else "cpu", dtype, workers)
 
 
-def random_states():
-    """All random states, as plain tensors and numbers that a weights-only checkpoint may hold."""
+def training_state(optimizer, scaler):
+    """What a checkpoint needs, besides the model and the step, for a resumed run to repeat the uninterrupted one."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
+    random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have their own seeds
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random_states}
 
 
-def restore_random_states(states):
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+def restore_training(state, optimizer, scaler):
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["random"]["torch"])
+    if torch.cuda.is_available() and state["random"]["cuda"]:
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
 
 
 class Log:
@@ -624,7 +650,8 @@ class Log:
     def __init__(self, path, start):
         kept = []
         if start and path.exists():  # resumed: drop the lines of steps that will be done again
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may leave a half
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
         path.write_text("".join(line + "\n" for line in kept))
         self.path, self.waiting = path, []
 

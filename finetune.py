@@ -189,28 +189,6 @@ def answers_for(task, folder, train):
     return data.read_answer_list(folder) or data.answer_list(train, None if task.all_answers else task.answers)
 
 
-def build_model(args, task, answers, texts):
-    """A new model and its vocabulary, started from --init, or ImageNet and BERT, or at random."""
-    state = clipbert.load_checkpoint(args.init) if args.init else None
-    pretrained = args.model == "base" and not args.scratch and not state
-    if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
-        cfg, vocabulary = clipbert.config_from(state), state["vocabulary"]
-    elif state or pretrained:
-        cfg = clipbert.ClipBertConfig.official() if state else clipbert.ClipBertConfig.base()
-        vocabulary = None  # BERT's: read after the weights, which are the likelier to be missing
-    else:
-        vocabulary = data.vocabulary_from_text(texts)
-        cfg = clipbert.ClipBertConfig.base() if args.model == "base" else clipbert.ClipBertConfig.tiny()
-        cfg.vocab_size = len(vocabulary)
-        cfg.frozen_stages = 0  # random weights are not worth freezing
-    model = clipbert.ClipBert(cfg, max(task.answers, len(answers or [])))  # the reference's max(n, 1540) for FrameQA
-    if state:
-        print(f"{args.init}: {clipbert.load_any_checkpoint(model, state)}")
-    elif pretrained:
-        print(clipbert.load_pretrained(model, args.resnet, args.bert))
-    return model, vocabulary or data.read_vocabulary(args.bert)
-
-
 def task_row(args, state):
     """The task's row of the table; with --rank_loss, or a checkpoint trained with it, one score instead of two."""
     task = TASKS[args.task]
@@ -255,11 +233,6 @@ class Run(NamedTuple):
         return data.data_loader(dataset, batches, collate, self.device.workers, self.device.name == "cuda")
 
 
-def to_device(batch, device):
-    """Tensors to the device; frames stay uint8 until they are there, a quarter of the bytes."""
-    return {k: v.to(device.name, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -286,7 +259,7 @@ def train(run, model, optimizer, scaler, examples, args, checkpoint, start, tota
             group["lr"] = lr
         loss = 0.0
         for _ in range(s["grad_accum"]):
-            batch = to_device(next(loader), device)
+            batch = device.move(next(loader))
             with device.autocast():
                 logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
                 p = clipbert.aggregate_clips(logits.float(), s["agg"])  # p = G(p_1, ..., p_N)
@@ -329,7 +302,7 @@ def score_videos(run, model, examples, n_clips):
     batches = [[(0, i) for i in range(b, min(b + size, len(examples)))] for b in range(0, len(examples), size)]
     results, errors = [], []
     for batch in run.loader(examples, n_clips, False, batches):
-        batch = to_device(batch, run.device)
+        batch = run.device.move(batch)
         with run.device.autocast():
             logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
         p = clipbert.aggregate_clips(logits.float(), run.settings["agg"])
@@ -520,9 +493,7 @@ def run_training(args):
     optimizer = clipbert.build_optimizer(model, s["weight_decay"])
     scaler = torch.amp.GradScaler(run.device.name, enabled=run.device.dtype == torch.float16)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        clipbert.restore_random_states(state["random"])
+        clipbert.restore_training(state, optimizer, scaler)
         print(f"resuming from {args.out / 'last.pt'} at step {state['step']} of {total_steps}")
     write_config(args, run, model, total_steps)
     print(f"{run.task.title}: {len(examples):,} training and {len(test):,} test examples from {run.folder}")
@@ -537,8 +508,7 @@ def run_training(args):
             "seed": args.seed, "blind": args.blind,
         }  # fmt: skip
         if training:
-            contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            contents |= {"random": clipbert.random_states()}
+            contents |= clipbert.training_state(optimizer, scaler)
         clipbert.save_checkpoint(args.out / name, contents)
 
     began = time.time()
@@ -575,8 +545,12 @@ def prepare(args, state):
         vocabulary, answers = state["vocabulary"], state["answers"]
     else:
         answers = answers_for(task, folder, examples)
-        texts = [text for example in examples for text in data.input_texts(example)]
-        model, vocabulary = build_model(args, task, answers, texts)
+        outputs = max(task.answers, len(answers or []))  # the reference's max(n, 1540) for FrameQA
+        texts = (text for example in examples for text in data.input_texts(example))
+        model, vocabulary = clipbert.start_model(
+            lambda cfg: clipbert.ClipBert(cfg, outputs), args,
+            lambda: data.vocabulary_from_text(texts), lambda: data.read_vocabulary(args.bert),
+        )  # fmt: skip
     if answers:
         examples = only_known_answers(examples, set(answers), "training: left out")
         only_known_answers(test, set(answers), "test: counted as wrong")
@@ -658,7 +632,7 @@ def run_prediction(args):
     example = data.Example(id="0", video=args.predict.name, text=args.question, options=tuple(args.options), answer=0)
     frames = data.read_clips(args.predict, n, s["frames"], s["fps"], s["size"], False, None)
     item = {"example": example, "frames": frames, "unreadable": [], "index": 0}
-    batch = to_device(data.Collator(run.tokenizer, s["text_length"])([item]), run.device)
+    batch = run.device.move(data.Collator(run.tokenizer, s["text_length"])([item]))
     model.eval()
     with run.device.autocast():
         logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])

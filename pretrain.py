@@ -146,26 +146,10 @@ def with_files(folder, images, args):
     return [image for image in images if image.video not in missing]
 
 
-def build_model(args, texts):
-    """A new model and its vocabulary, started from --init, or ImageNet and BERT, or at random."""
-    state = clipbert.load_checkpoint(args.init) if args.init else None
-    if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
-        cfg, vocabulary = clipbert.config_from(state), state["vocabulary"]
-    elif state:
-        cfg, vocabulary = clipbert.ClipBertConfig.official(), data.read_vocabulary(args.bert)
-    elif args.model == "base" and not (args.scratch and not args.bert):
-        cfg, vocabulary = clipbert.ClipBertConfig.base(), data.read_vocabulary(args.bert)
-    else:
-        vocabulary = data.vocabulary_from_text(texts)
-        cfg = clipbert.ClipBertConfig.base() if args.model == "base" else clipbert.ClipBertConfig.tiny()
-        cfg.vocab_size = len(vocabulary)
-        cfg.frozen_stages = 0  # random weights are not worth freezing
-    model = clipbert.ClipBertForPreTraining(cfg)
-    if state:
-        print(f"{args.init}: {clipbert.load_any_checkpoint(model, state)}")
-    elif args.model == "base" and not args.scratch:
-        print(clipbert.load_pretrained(model, args.resnet, args.bert))
-    return model, vocabulary
+def text_vocabulary(sources, args):
+    """From the captions, and, of the toy data, from all toy questions: fine-tuning on them will need those words."""
+    texts = [text for source in sources for image in source.train for text in image.captions]
+    return data.vocabulary_from_text(texts + ([] if args.data else data.toy_texts(data.toy_data())))
 
 
 def load_run(path):
@@ -200,11 +184,6 @@ class Run(NamedTuple):
         return data.data_loader(dataset, batches, collate, self.device.workers, self.device.name == "cuda")
 
 
-def to_device(batch, device):
-    """Tensors to the device; frames stay uint8 until they are there, a quarter of the bytes."""
-    return {k: v.to(device.name, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -230,7 +209,7 @@ def train(run, model, optimizer, scaler, args, checkpoint, start, total_steps):
             group["lr"] = lr
         losses = torch.zeros(2, device=device.name)
         for _ in range(s["grad_accum"]):
-            batch = to_device(next(loader), device)
+            batch = device.move(next(loader))
             with device.autocast():
                 mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"], s["keep"])
             mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s["mlm_over"])
@@ -270,7 +249,7 @@ def evaluate(run, model):
     batches = [keys[b : b + run.settings["batch_size"]] for b in range(0, len(keys), run.settings["batch_size"])]
     sums, errors = Counter(), []
     for batch in run.loader("val", 0, batches):
-        batch = to_device(batch, run.device)
+        batch = run.device.move(batch)
         with run.device.autocast():
             mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"])
         masked = batch["mlm_labels"] != -100
@@ -332,8 +311,10 @@ def run_training(args):
     if state:
         vocabulary = state["vocabulary"]
     else:
-        texts = [text for source in sources for image in source.train for text in image.captions]
-        model, vocabulary = build_model(args, texts + ([] if args.data else data.toy_texts(data.toy_data())))
+        model, vocabulary = clipbert.start_model(
+            clipbert.ClipBertForPreTraining, args,
+            lambda: text_vocabulary(sources, args), lambda: data.read_vocabulary(args.bert),
+        )  # fmt: skip
     settings = settings_for(args, model.cfg.backbone == "tiny", state and state["settings"])
     run = Run(sources, settings, device, data.build_tokenizer(vocabulary), args.seed, args.blind)
     images, per_step = sum(len(source.train) for source in sources), settings["batch_size"] * settings["grad_accum"]
@@ -345,9 +326,7 @@ def run_training(args):
     start, best = 0, float("inf")
     if state:
         start, best = state["step"], state["best"]
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        clipbert.restore_random_states(state["random"])
+        clipbert.restore_training(state, optimizer, scaler)
         print(f"resuming from {args.out / 'last.pt'} at step {start} of {total_steps}")
     args.out.mkdir(parents=True, exist_ok=True)
     config = {
@@ -373,8 +352,8 @@ def run_training(args):
         if loss < best:
             best = loss
             clipbert.save_checkpoint(args.out / "best.pt", contents)
-        contents |= {"best": best, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        clipbert.save_checkpoint(args.out / "last.pt", contents | {"random": clipbert.random_states()})
+        contents |= {"best": best, **clipbert.training_state(optimizer, scaler)}
+        clipbert.save_checkpoint(args.out / "last.pt", contents)
 
     began = time.time()
     unreadable = train(run, model, optimizer, scaler, args, checkpoint, start, total_steps)
