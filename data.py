@@ -1325,8 +1325,12 @@ def write_toy_tgif_qa(folder, train=1000, test=200, seed=0):
         for video in videos:
             write_gif(draw_toy_video(video, rng), folder / "gifs" / f"{video.name}.gif")
         for kind in ("action", "transition", "frameqa", "count"):
-            rows = [{"gif_name": v.name, **toy_questions(v, kind, rng), "vid_id": f"{kind.upper()}{i}", "key": i}
-                    for i, v in enumerate(videos)]  # fmt: skip
+            asked = [(video, toy_questions(video, kind, rng)) for video in videos]
+            if (kind, split) == ("transition", "Train"):  # the hardest of the four: twice as many to learn from
+                more = random.Random(f"more {seed}")
+                asked += [(video, toy_questions(video, kind, more)) for video in videos]
+            rows = [{"gif_name": video.name, **question, "vid_id": f"{kind.upper()}{i}", "key": i}
+                    for i, (video, question) in enumerate(asked)]  # fmt: skip
             lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
             (folder / f"{split}_{kind}_question.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
 
