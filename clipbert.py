@@ -679,7 +679,7 @@ class Log:
 def list_unreadable(errors, what):
     errors = Counter(errors)
     if errors:
-        print(f"unreadable videos, {what}: {len(errors):,}", file=sys.stderr)
+        print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
     for line, times in errors.most_common(20):
         print(f"  {times}x {line}", file=sys.stderr)
 

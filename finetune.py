@@ -167,7 +167,7 @@ def settings_for(args, backbone, stored=None):
 def load_examples(args, split):
     """The examples of a split. Missing videos stop the run, unless --allow_missing."""
     task = TASKS[args.task]
-    folder = args.data or data.toy_data() / task.toy
+    folder = args.data or data.toy_data(task.toy) / task.toy
     examples = task.read(folder, split=split)[: args.limit]
     videos = {example.video for example in examples}
     missing = sorted(video for video in videos if data.find_media(folder, video) is None)
@@ -606,7 +606,7 @@ def load_for_use(args):
     settings = settings_for(args, None, state["settings"])
     task, device = task_row(args, state), clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
-    folder = args.data or (None if args.predict else data.toy_data() / task.toy)
+    folder = args.data or (None if args.predict else data.toy_data(task.toy) / task.toy)
     run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind)
     return run, model.to(device.name)
 

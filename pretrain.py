@@ -298,15 +298,17 @@ def report(run, args, metrics, errors, seconds):
 
 
 def folders_for(args):
-    return args.data or [data.toy_data() / "coco_captions"]
+    return args.data or [data.toy_data("coco_captions") / "coco_captions"]
 
 
 def run_training(args):
     device = clipbert.choose_device(args)
-    clipbert.seed_everything(args.seed)
     model, state = load_run(args.out / "last.pt") if args.resume else (None, None)
     if state and "optimizer" not in state:
         raise ValueError(f"{args.out / 'last.pt'}: holds no optimizer, so it can't go on; start from it with --init")
+    if state:
+        args.seed, args.blind = state["seed"], state["blind"]  # those of the stopped run
+    clipbert.seed_everything(args.seed)
     sources = [load_source(folder, args) for folder in folders_for(args)]
     if state:
         vocabulary = state["vocabulary"]
@@ -346,7 +348,7 @@ def run_training(args):
         nonlocal best
         contents = {
             "task": "pretrain", "step": step, "model": model.state_dict(), "config": clipbert.config_dict(model.cfg),
-            "settings": settings, "vocabulary": vocabulary,
+            "settings": settings, "vocabulary": vocabulary, "seed": args.seed, "blind": args.blind,
         }  # fmt: skip
         loss = metrics["mlm_loss"] + metrics["itm_loss"]
         if loss < best:
