@@ -1,0 +1,31 @@
+"""The README keeps its word: every function that its map names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import clipbert
+import data
+import finetune
+import pretrain
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+NAMES = sorted(set(re.findall(r"`((?:clipbert|data|finetune|pretrain)\.[\w.]+)`", README)) - {
+    f"{module}.py" for module in ("clipbert", "data", "finetune", "pretrain")})  # fmt: skip
+MODULES = {"clipbert": clipbert, "data": data, "finetune": finetune, "pretrain": pretrain}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_readme_names_what_exists(name):
+    module, *path = name.split(".")
+    thing = MODULES[module]
+    for part in path:
+        thing = getattr(thing, part)
+
+
+def test_readme_flags_exist():
+    scripts = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (finetune, pretrain))
+    known = set(re.findall(r'add\("(--\w+)"', scripts)) | set(re.findall(r'"(\w+)"', scripts))
+    flags = set(re.findall(r"(?<![\w-])--([a-z_]+)", README)) - {"upgrade", "help"}  # pip's, argparse's own
+    assert flags and all(f"--{flag}" in known or flag in known for flag in flags)
