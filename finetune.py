@@ -489,7 +489,7 @@ def run_training(args):
     s = run.settings
     per_step = s["batch_size"] * s["grad_accum"]
     total_steps = s["max_steps"] or s["epochs"] * -(-len(examples) // per_step)
-    model.to(run.device.name)
+    run.device.place(model)
     optimizer = clipbert.build_optimizer(model, s["weight_decay"])
     scaler = torch.amp.GradScaler(run.device.name, enabled=run.device.dtype == torch.float16)
     if state:
@@ -608,7 +608,7 @@ def load_for_use(args):
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data(task.toy) / task.toy)
     run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind)
-    return run, model.to(device.name)
+    return run, device.place(model)
 
 
 def run_evaluation(args):

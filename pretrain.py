@@ -322,7 +322,7 @@ def run_training(args):
     images, per_step = sum(len(source.train) for source in sources), settings["batch_size"] * settings["grad_accum"]
     total_steps = settings["max_steps"] or settings["epochs"] * -(-images // per_step)
 
-    model.to(device.name)
+    device.place(model)
     optimizer = clipbert.build_optimizer(model, settings["weight_decay"])
     scaler = torch.amp.GradScaler(device.name, enabled=device.dtype == torch.float16)
     start, best = 0, float("inf")
@@ -372,7 +372,7 @@ def run_evaluation(args):
     run = Run(sources, settings, device, data.build_tokenizer(state["vocabulary"]), args.seed, args.blind)
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    report(run, args, *evaluate(run, model.to(device.name)), time.time() - began)
+    report(run, args, *evaluate(run, device.place(model)), time.time() - began)
 
 
 if __name__ == "__main__":
