@@ -39,8 +39,8 @@ class Task(NamedTuple):
     read: object  # (folder, split) -> examples
     toy: str  # which part of the toy data has its layout
     kind: str  # of answer: choice | answer | soft | count | match (see clipbert.video_loss)
-    answers: int = 1  # K: a score per option or count; 2 for "match"; else at least this many answers
-    all_answers: bool = True  # False: only the `answers` most frequent ones; the others count as wrong
+    answers: int = 1  # K: a score per option or count; 2 for "match"; else at least this many answers (FrameQA) or ...
+    all_answers: bool = True  # ... if False, only this many of the most frequent ones; the others count as wrong
     validation: bool = False  # choose best.pt by a "val" split (False: there is none, the last is the best)
     size: int = 448  # L, pixels
     fps: float = 1.0  # a clip of T frames spans T / fps seconds
@@ -114,6 +114,7 @@ def parse_arguments(arguments=None):
     # other things to do than train
     add("--resume", action="store_true", help="go on from last.pt in the output folder")
     add("--eval", type=Path, metavar="CKPT", help="only evaluate this checkpoint of ours")
+    add("--split", choices=["train", "val", "test"], default="test", help="with --eval: on which examples")
     add("--predict", type=Path, metavar="VIDEO", help="with --eval: answer --question about one video")
     add("--question")
     add("--options", nargs="+", default=[], help="multiple choice: the options")
@@ -136,6 +137,8 @@ def parse_arguments(arguments=None):
     args = parser.parse_args(arguments)
     args.task = ALIASES.get(args.task, args.task)
     args.out = args.out or Path("runs") / args.task
+    if args.split != "test" and not args.eval:
+        parser.error("--split chooses what --eval CKPT evaluates")
     if args.predict and not (args.eval and args.question):
         parser.error("--predict VIDEO needs --eval CKPT and --question TEXT")
     return args
@@ -460,13 +463,13 @@ def evaluate_retrieval(run, model, examples, clip_counts):
 def report(run, args, by_clips, predictions, errors, chance, seconds):
     """Write metrics.json and predictions.jsonl; print the table."""
     metrics = {
-        "task": args.task, "data": str(args.data or "toy"), "split": "test", "examples": len(predictions),
+        "task": args.task, "data": str(args.data or "toy"), "split": args.split, "examples": len(predictions),
         "chance": round(chance, 4), "seconds": round(seconds, 1), "blind": args.blind, "unreadable": len(errors),
         "by_clips": by_clips,
     }  # fmt: skip
     clipbert.write_text(args.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     clipbert.write_text(args.out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
-    print(f"\n{run.task.title}, {'toy' if not args.data else args.data} data, {len(predictions):,} test examples, "
+    print(f"\n{run.task.title}, {'toy' if not args.data else args.data} data, {len(predictions):,} {args.split} examples, "
           f"G = {run.settings['agg']}{', blind' if args.blind else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
         by_clips = {f"{n} {way}": row for n, both in by_clips.items() for way, row in both.items()}
@@ -545,7 +548,7 @@ def prepare(args, state):
         vocabulary, answers = state["vocabulary"], state["answers"]
     else:
         answers = answers_for(task, folder, examples)
-        outputs = max(task.answers, len(answers or []))  # the reference's max(n, 1540) for FrameQA
+        outputs = max(task.answers, len(answers or [])) if task.all_answers else len(answers)
         texts = (text for example in examples for text in data.input_texts(example))
         model, vocabulary = clipbert.start_model(
             lambda cfg: clipbert.ClipBert(cfg, outputs), args,
@@ -613,7 +616,7 @@ def load_for_use(args):
 
 def run_evaluation(args):
     run, model = load_for_use(args)
-    _, test = load_examples(args, "test")
+    _, test = load_examples(args, args.split)
     guessable = run.task.kind in ("answer", "soft", "count")  # chance is then a matter of the training answers
     train_examples = run.task.read(run.folder, split="train") if guessable else []
     args.out.mkdir(parents=True, exist_ok=True)
