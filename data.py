@@ -44,7 +44,7 @@ from transformers.utils import cached_file
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's workers are parallel enough
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-TOY_VERSION = 2  # of the toy data: a new number rewrites it
+TOY_VERSION = 3  # of the toy data: a new number rewrites it
 
 
 class DataError(ValueError):
@@ -1343,7 +1343,7 @@ def toy_captions(photo):
     does, verb = photo.action or "nothing", "is" if photo.moons == 1 else "are"
     return [
         f"it does {does}",
-        f"the thing does {does}",
+        f"it is {photo.color}",
         f"the {photo.shape} does {does}",
         f"{photo.subject} does {does}",
         f"{photo.subject} is on the {photo.place}",
@@ -1388,7 +1388,7 @@ def toy_sentences(video):
     ]
 
 
-def write_toy_msrvtt(folder, train=600, test=100, seed=0):
+def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
     """MSRVTT's layout, for retrieval (1k-A), question answering and multiple choice: videos 0 .. test-1 are the test.
 
     The same videos stand there in DiDeMo's and ActivityNet's layouts, too: two sentences make a paragraph. No two test

@@ -55,7 +55,7 @@ class Task(NamedTuple):
     weight_decay: float = 1e-3
     clip_grad: float = 5.0  # the gradient's largest norm
     test_clips: tuple = (1, 4, 16)  # N_test: evaluate at each of these
-    tiny_steps: int = 800  # the tiny model's number of updates
+    tiny: dict = {}  # what the tiny model changes for this task, besides TINY
 
 
 def tgif(kind):
@@ -73,7 +73,8 @@ RETRIEVAL = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "text_leng
 # TGIF-QA: L, batch and learning rate are the paper's; the reference code's own config has 768, 16 and 5e-5.
 TASKS = {
     "tgif_qa_action": Task("TGIF-QA action", tgif("action"), "tgif_qa", "choice"),
-    "tgif_qa_transition": Task("TGIF-QA transition", tgif("transition"), "tgif_qa", "choice", tiny_steps=1200),
+    "tgif_qa_transition": Task("TGIF-QA transition", tgif("transition"), "tgif_qa", "choice",
+                               tiny={"max_steps": 1200}),
     "tgif_qa_frameqa": Task("TGIF-QA FrameQA", tgif("frameqa"), "tgif_qa", "answer", answers=1540),
     "tgif_qa_count": Task("TGIF-QA count", tgif("count"), "tgif_qa", "count"),
     "msrvtt_retrieval": Task("MSRVTT retrieval", data.read_msrvtt_retrieval, "msrvtt", "match", 2, **RETRIEVAL),
@@ -93,7 +94,8 @@ ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 # What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy frames do not show the
 # answer, and at 1e-3 that noise teaches the scores to ignore the options before attention has learned to match them.
-TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4}
+TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4,
+        "max_steps": 800}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: a task's row, then the tiny model's changes, then the command line
@@ -155,7 +157,7 @@ def settings_for(args, backbone, stored=None):
     """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
     row = TASKS[args.task]._asdict()
     settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]} | {"max_steps": None}
-    settings |= TINY | {"max_steps": row["tiny_steps"]} if backbone == "tiny" else {}
+    settings |= TINY | row["tiny"] if backbone == "tiny" else {}
     settings |= stored or {}
     given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     if "epochs" in given:
