@@ -44,7 +44,7 @@ from transformers.utils import cached_file
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's workers are parallel enough
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-TOY_VERSION = 3  # of the toy data: a new number rewrites it
+TOY_VERSION = 4  # of the toy data: a new number rewrites it
 
 
 class DataError(ValueError):
@@ -1431,20 +1431,20 @@ def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
 
 
 def toy_open_question(video, rng):
-    """A question to be answered in a word: what an object does next, or what it is."""
-    question = toy_questions(video, rng.choice(["transition", "frameqa"]), rng)
-    if "a1" in question:
-        question["answer"] = question[f"a{question['answer'] + 1}"]
+    """A question to be answered in a word: what an object does before something else, or what it is."""
+    if rng.random() < 0.5:
+        return {"question": f"what does {video.subject} do before {video.last} ?", "answer": video.action}
+    question = toy_questions(video, "frameqa", rng)
     return {"question": question["question"], "answer": question["answer"]}
 
 
 def write_toy_vqa(folder, train=1500, test=200, seed=0):
     """VQA v2's layout: official questions and annotations, two questions a photo, each answered by ten people."""
-    for split, count in (("train2014", train), ("val2014", test)):
+    for split, first, count in (("train2014", 1, train), ("val2014", train + 1, test)):
         rng = random.Random(f"vqa {split} {seed}")
         (folder / split).mkdir(parents=True, exist_ok=True)
         questions, annotations = [], []
-        for image in range(1, count + 1):
+        for image in range(first, first + count):  # no number stands for two photos, as in COCO
             photo = toy_photo(rng)
             draw_toy_video(photo, rng)[0].save(folder / split / f"COCO_{split}_{image:012d}.png")
             for _ in range(2):
