@@ -23,6 +23,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 from transformers import BertConfig, BertModel
@@ -101,6 +103,8 @@ class GridFeatures(nn.Module):
     (stride 8, so 16 in all), since a 64-pixel toy frame would otherwise end in a single grid cell.
     """
 
+    chunk = None  # how many frames at a time, when memory is short; None: all of them
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -137,15 +141,49 @@ class GridFeatures(nn.Module):
         return pixels.flip(-3) if self.cfg.bgr else pixels  # the mean is RGB: flip only after subtracting it
 
     def forward(self, frames):
-        """(B, T, 3, L, L) uint8 or float RGB 0..255 -> grid features (B, T, h, w, d)."""
-        B, T = frames.shape[:2]
-        x = self.normalize(frames.flatten(0, 1))  # (B*T, 3, L, L)
-        x = x.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+        """(B, T, 3, L, L) uint8 or float RGB 0..255 -> grid features (B, T, h, w, d).
+
+        In chunks, the backward pass runs each chunk's forward again: only one chunk's activations are in memory.
+        """
+        features = self.features
+        if self.chunk and torch.is_grad_enabled():
+            features = partial(checkpoint, self.features, use_reentrant=False, preserve_rng_state=False)
+        parts = frames.flatten(0, 1).split(self.chunk or frames.shape[0] * frames.shape[1])
+        x = torch.cat([features(part) for part in parts])  # (B*T, h, w, d)
+        return x.unflatten(0, frames.shape[:2])
+
+    def features(self, frames):
+        """(F, 3, L, L) -> (F, h, w, d). Of the frozen stages autograd keeps nothing, as no input needs a gradient."""
+        x = frames.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
         r = self.resnet
-        x = r.maxpool(r.relu(r.bn1(r.conv1(x))))  # (B*T, 64, L/4, L/4)
-        x = r.layer4(r.layer3(r.layer2(r.layer1(x))))  # (B*T, 2048, L/32, L/32)
-        x = self.grid_encoder(x)  # (B*T, d, h, w)
-        return x.permute(0, 2, 3, 1).unflatten(0, (B, T))  # (B, T, h, w, d)
+        x = r.maxpool(F.relu(conv_norm(self.normalize(x), r.conv1, r.bn1)))  # (F, 64, L/4, L/4)
+        for stage in (r.layer1, r.layer2, r.layer3, r.layer4):
+            for block in stage.children():
+                x = residual_block(x, block)
+        return self.grid_encoder(x).permute(0, 2, 3, 1)  # (F, 2048, L/32, L/32) -> (F, h, w, d)
+
+
+def conv_norm(x, conv, norm):
+    """A convolution and its FrozenBatchNorm as one convolution: the norm is linear and never learns.
+
+        s (w * x - mean) + b = (s w) * x + (b - s mean),  s = gain / sqrt(variance + eps)
+
+    Gradients reach w through s w. Apart from fewer passes over the activations this keeps them in half precision under
+    autocast: the norm's float32 buffers would make all of them float32, with a second copy for the next convolution.
+    """
+    s = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * s
+    return F.conv2d(x, conv.weight * s.view(-1, 1, 1, 1), bias, conv.stride, conv.padding)
+
+
+def residual_block(x, block):
+    """A block of torchvision's ResNet, its norms folded into the convolutions."""
+    shortcut = conv_norm(x, *block.downsample) if block.downsample else x
+    x = F.relu(conv_norm(x, block.conv1, block.bn1))
+    x = conv_norm(x, block.conv2, block.bn2)
+    if isinstance(block, Bottleneck):
+        x = conv_norm(F.relu(x), block.conv3, block.bn3)
+    return F.relu(x + shortcut)
 
 
 def scale_residual_branches(stages):
@@ -235,8 +273,8 @@ class VideoTextEncoder(nn.Module):
         visual = visual.repeat_interleave(input_ids.shape[0] // visual.shape[0], dim=0)  # (B*n, h*w, d)
         text = self.bert.embeddings(input_ids)  # (B*n, Lt, d); text type ids are 0, the visual type has its own table
         # Grid cells over the zero border of a padded frame are not masked: the reference attends to them, too.
-        mask = torch.cat([attention_mask.bool(), attention_mask.new_ones(visual.shape[:2]).bool()], dim=1)
-        mask = mask[:, None, None, :]  # (B*n, 1, 1, Lt + h*w): the same for every head and query
+        mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]  # the same for all heads, queries
+        mask = torch.zeros_like(mask, dtype=text.dtype).masked_fill(mask == 0, -torch.inf)  # (B*n, 1, 1, Lt + h*w)
         hidden = self.bert.encoder(torch.cat([text, visual], dim=1), attention_mask=mask).last_hidden_state
         return hidden, self.bert.pooler(hidden)
 
@@ -356,19 +394,21 @@ def video_loss(p, target, kind):
     if kind == "match":
         return F.cross_entropy(p, target)
     if kind == "rank":
-        return rank_loss(p.view(int(target.sum()), -1))
+        return rank_loss(p.squeeze(1), target)
     raise ValueError(f"unknown kind of answer {kind!r}")
 
 
-def rank_loss(p, margin=0.2):
+def rank_loss(p, target, margin=0.2):
     """Rank a video's own caption above wrong ones by a margin.
 
         loss = mean of max(0, margin + sigmoid(p_wrong) - sigmoid(p_own))
 
-    p (B, 1 + wrong captions), the own caption first.
+    p, target (B*n,): 1 for a video's own caption, then 0 for wrong ones.
     """
     scores = p.sigmoid()
-    return (margin + scores[:, 1:] - scores[:, :1]).clamp(min=0).mean()
+    own = (torch.arange(len(p), device=p.device) * target).cummax(0).values  # where each row's own caption is
+    excess = (margin + scores - scores[own]).clamp(min=0) * (1 - target)
+    return excess.sum() / (1 - target).sum()  # all on the device: nothing waits for a number
 
 
 def match_score(p):
