@@ -463,8 +463,7 @@ def build_optimizer(model, weight_decay=1e-3):
     torch's AdamW adds eps after the bias correction and decays before the update; the reference's does both the other
     way round. The trajectories differ in the fourth digit of a step.
     """
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
@@ -649,6 +648,8 @@ class Device(NamedTuple):
     name: str  # "cuda" | "cpu"
     dtype: torch.dtype  # of the forward pass under autocast; weights stay float32
     workers: int
+    chunk: int | None = None  # frames that go through the CNN at a time
+    compile: bool = False
 
     def autocast(self):
         return torch.autocast(self.name, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -658,6 +659,10 @@ class Device(NamedTuple):
         mostly wait for each other (on a busy machine: four times the CPU time, five times the wall time)."""
         if self.name == "cpu" and model.cfg.backbone == "tiny":
             torch.set_num_threads(1)
+        model.cnn.chunk = self.chunk
+        if self.compile:  # in place: the names in a checkpoint stay
+            model.cnn.compile()
+            model.bert.encoder.compile()
         return model.to(self.name)
 
     def move(self, batch):
@@ -673,7 +678,7 @@ def choose_device(args):
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if gpu else 0
-    return Device("cuda" if gpu else "cpu", dtype, workers)
+    return Device("cuda" if gpu else "cpu", dtype, workers, args.chunk, args.compile)
 
 
 def training_state(optimizer, scaler):
@@ -738,6 +743,20 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+def less_memory(settings, chunk):
+    """What to run with instead, cheapest first: settings in force -> a sentence of flags."""
+    batch, accum, size = (settings[name] for name in ("batch_size", "grad_accum", "size"))
+    smaller = max((b for b in range(1, batch // 2 + 1) if batch * accum % b == 0), default=None)
+    frames = batch * settings["frames"] * settings.get("train_clips", 1)  # in one pass of the CNN
+    fewer = min(chunk or frames, frames, 32) // 2
+    choices = [
+        smaller and f"--batch_size {smaller} --grad_accum {batch * accum // smaller} (the same update)",
+        fewer and f"--chunk {fewer} (the same numbers; a third more work for the CNN)",
+        size >= 128 and f"--size {size * 3 // 4 // 64 * 64} (fewer pixels: other numbers)",
+    ]
+    return "Try, in this order or together: " + "; ".join(choice for choice in choices if choice)
+
+
 def main(job, args):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
     try:
@@ -748,8 +767,7 @@ def main(job, args):
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "
-              "smaller --size", file=sys.stderr)  # fmt: skip
+        print(f"error: out of GPU memory. {less_memory(args.settings, args.chunk)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)

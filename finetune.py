@@ -124,11 +124,16 @@ def parse_arguments(arguments=None):
         add(f"--{name}", type=float)
     add("--agg", choices=["mean", "max", "lse"], help="G: how clips become a video")
     add("--test_clips", type=positive, nargs="+", help="N_test: evaluate at each of these")
+    add("--rerank", type=positive, nargs="+", metavar="K", help="retrieval: score all pairs on one clip, then only "
+        "each caption's best K on all; several K: side by side; a K of at least the videos: exhaustive")  # fmt: skip
     add("--rank_loss", action="store_true", help="retrieval: a margin between captions, not cross entropy")
     add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
     add("--limit", type=positive, help="use only the first so many examples of each split")
     add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
+    add("--chunk", type=positive, metavar="FRAMES", help="short of memory: pass so many frames through the CNN at a "
+        "time, and again when their gradient is due (activation checkpointing)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the CNN and the transformer: slow to start, then faster")
     add("--workers", type=int, help="processes that decode videos (default: 0 on a CPU, else one a core, at most 8)")
     add("--save_every", type=positive, default=500, help="steps between checkpoints")
     add("--seed", type=int, default=0)
@@ -151,13 +156,15 @@ def positive(text):
 def settings_for(args, backbone, stored=None):
     """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
     row = TASKS[args.task]._asdict()
-    settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]} | {"max_steps": None}
+    settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]}
+    settings |= {"max_steps": None, "rerank": None}
     settings |= TINY | {"max_steps": row["tiny_steps"]} if backbone == "tiny" else {}
     settings |= stored or {}
     given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     if "epochs" in given:
         settings["max_steps"] = None  # asked for in epochs: tiny's number of steps does not apply
-    return settings | given
+    args.settings = settings | given  # where an out-of-memory message starts from
+    return args.settings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,39 +380,67 @@ def chance_level(task, train, test):
 
 
 @torch.no_grad()
-def score_pairs(run, model, examples, n_clips):
-    """Probabilities of a match (captions, videos), the videos' names, and what could not be read."""
+def encode_videos(run, model, videos, n_clips):
+    """F_v of one example a video: grids (N, h, w, d), None where a video can't be read; and what could not be read.
+
+    They wait in CPU memory, in the precision of the computation: half, where that is bf16 or fp16.
+    """
     model.eval()
-    videos = list({example.video: example for example in examples}.values())  # one example of each video
-    captions = caption_batches(run.tokenizer, [example.text for example in examples], run.settings["text_length"])
-    scores = torch.zeros(len(examples), len(videos))
-    errors = []
-    order = [[(0, i)] for i in range(len(videos))]
-    for column, batch in enumerate(run.loader(videos, n_clips, False, order)):
-        if batch["unreadable"][0]:
-            errors += batch["unreadable"][0]  # scores of 0: never retrieved
-            continue
+    grids, errors = [], []
+    for batch in run.loader(videos, n_clips, False, [[(0, i)] for i in range(len(videos))]):
         with run.device.autocast():
-            grid = model.encode_frames(batch["frames"][0].to(run.device.name))  # (N, T, h, w, d): once per video
-            grid = grid.mean(1, keepdim=True)  # the mean over T that every caption would take again
-            for rows, ids, mask in captions:
-                ids, mask = (x.to(run.device.name).repeat(n_clips, 1) for x in (ids, mask))  # (N*C, Lt)
-                logits = model.classify(grid, ids, mask).float().view(n_clips, len(rows), -1)  # (N, C, 2)
-                p = clipbert.aggregate_clips(logits, run.settings["agg"])
-                scores[rows, column] = clipbert.match_score(p).cpu()
-    return scores, [example.video for example in videos], errors
+            grid = model.encode_frames(batch["frames"][0].to(run.device.name))  # (N, T, h, w, d)
+        grid = grid.mean(1).to("cpu", run.device.dtype)  # the mean over T that every caption would take again
+        grids.append(None if batch["unreadable"][0] else grid)
+        errors += batch["unreadable"][0]
+    return grids, errors
 
 
-def caption_batches(tokenizer, texts, text_length, size=64):
-    """[(their places, ids (C, Lt), mask (C, Lt))]: tokenised once, neighbours in length together (little padding)."""
-    ids = tokenizer(texts, truncation=True, max_length=text_length)["input_ids"]
-    order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-    batches = []
-    for rows in (order[b : b + size] for b in range(0, len(order), size)):
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
-        lengths = torch.tensor([len(ids[i]) for i in rows])
-        batches.append((rows, padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long()))
-    return batches
+@torch.no_grad()
+def score_pairs(run, model, texts, grids, rerank=None):
+    """How well each caption fits each video, as probabilities (captions, videos); 0 for a video that can't be read.
+
+    rerank = K: all pairs are scored on the middle clip alone, and only the best K of each caption on all clips. Of the
+    other pairs it returns that first score minus 1: in both directions they rank among themselves, below all pairs that
+    were scored in full.
+    """
+    model.eval()
+    length = run.settings["text_length"]
+    tokens = run.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    scores = torch.zeros(len(texts), len(grids), dtype=torch.float64)  # float32 would lose small scores beside the -1
+
+    def fill(chosen, clips_of):
+        for column, grid in enumerate(grids):
+            rows = chosen[:, column].nonzero().flatten()
+            if grid is not None and len(rows):
+                for places, p in score_captions(run, model, tokens, rows, clips_of(grid)):
+                    scores[places, column] = p.double()
+
+    chosen = torch.ones_like(scores, dtype=torch.bool)
+    if rerank and rerank < len(grids):
+        fill(chosen, lambda grid: grid[len(grid) // 2][None])
+        chosen = torch.zeros_like(chosen).scatter(1, scores.topk(rerank).indices, True)
+        scores -= 1
+    fill(chosen, lambda grid: grid)
+    return scores
+
+
+def score_captions(run, model, tokens, rows, grid):
+    """The captions in `rows` against one video, whose clips are grid (N, h, w, d): places (C,), probabilities (C,)."""
+    N, grid = len(grid), grid[:, None].to(run.device.name)
+    for places, *text in caption_batches(tokens, rows, max(1, 1024 // N)):
+        ids, mask = (x.to(run.device.name).repeat(N, 1) for x in text)  # (N*C, Lt)
+        with run.device.autocast():
+            logits = model.classify(grid, ids, mask).float().view(N, len(places), -1)  # (N, C, 2)
+        yield places, clipbert.match_score(clipbert.aggregate_clips(logits, run.settings["agg"])).cpu()
+
+
+def caption_batches(tokens, rows, size):
+    """The captions in `rows`: their places (C,), ids and mask (C, Lt); like lengths together: little padding."""
+    lengths = tokens["attention_mask"].sum(1)
+    for places in rows[lengths[rows].argsort()].split(size):
+        longest = lengths[places].max()
+        yield places, tokens["input_ids"][places, :longest], tokens["attention_mask"][places, :longest]
 
 
 def retrieval_metrics(scores, video_of_caption):
@@ -437,17 +472,21 @@ def recalls(ranks):
 
 
 def evaluate_retrieval(run, model, examples, clip_counts):
+    """As `evaluate`; with --rerank K a row "n best K" for each K, side by side: the clips are read and encoded once."""
     by_clips, predictions, errors = {}, [], []
+    videos = list({example.video: example for example in examples}.values())  # one example of each video
+    places = {example.video: i for i, example in enumerate(videos)}
+    columns = [places[example.video] for example in examples]
     for n in clip_counts:
-        scores, videos, errors = score_pairs(run, model, examples, n)
-        places = {video: i for i, video in enumerate(videos)}
-        columns = [places[example.video] for example in examples]
-        by_clips[str(n)] = retrieval_metrics(scores, columns)
+        grids, errors = encode_videos(run, model, videos, n)
+        for rerank in (n > 1 and run.settings.get("rerank")) or [None]:
+            scores = score_pairs(run, model, [example.text for example in examples], grids, rerank)
+            by_clips[f"{n} best {rerank}" if rerank else str(n)] = retrieval_metrics(scores, columns)
         ranks = mean_rank(scores.gather(1, torch.tensor(columns)[:, None]), scores).tolist()
         best = scores.topk(min(5, len(videos))).indices.tolist()
         predictions = [
-            {"id": e.id, "video": e.video, "text": e.text, "rank": rank, "prediction": [videos[i] for i in top],
-             "clips": n}
+            {"id": e.id, "video": e.video, "text": e.text, "rank": rank,
+             "prediction": [videos[i].video for i in top], "clips": n}
             for e, rank, top in zip(examples, ranks, best, strict=True)
         ]  # fmt: skip
     return by_clips, predictions, errors
@@ -470,11 +509,11 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
           f"G = {run.settings['agg']}{', blind' if args.blind else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
         by_clips = {f"{n} {way}": row for n, both in by_clips.items() for way, row in both.items()}
-    names = list(next(iter(by_clips.values())))
-    print(f"{'N_test':<18}" + "".join(f"{name:>{max(len(name), 8) + 2}}" for name in names))
+    names, wide = list(next(iter(by_clips.values()))), max(18, *(len(n) + 2 for n in by_clips))
+    print(f"{'N_test':<{wide}}" + "".join(f"{name:>{max(len(name), 8) + 2}}" for name in names))
     for n, row in by_clips.items():
-        print(f"{n:<18}" + "".join(f"{row[name]:{max(len(name), 8) + 2}.2f}" for name in names))
-    print(f"{'chance':<18}{chance:{max(len(names[0]), 8) + 2}.2f}")
+        print(f"{n:<{wide}}" + "".join(f"{row[name]:{max(len(name), 8) + 2}.2f}" for name in names))
+    print(f"{'chance':<{wide}}{chance:{max(len(names[0]), 8) + 2}.2f}")
     clipbert.list_unreadable(errors, "counted as wrong")
 
 

@@ -83,6 +83,9 @@ def parse_arguments(arguments=None):
     add("--limit", type=positive, help="use only the first so many images of each split")
     add("--allow_missing", action="store_true", help="leave out captions whose image is missing")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
+    add("--chunk", type=positive, metavar="FRAMES", help="short of memory: pass so many frames through the CNN at a "
+        "time, and again when their gradient is due (activation checkpointing)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the CNN and the transformer: slow to start, then faster")
     add("--workers", type=int, help="processes that read images (default: 0 on a CPU, else one a core, at most 8)")
     add("--save_every", type=positive, default=500, help="steps between checkpoints, each evaluated")
     add("--seed", type=int, default=0)
@@ -105,7 +108,8 @@ def settings_for(args, tiny, stored=None):
     given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     if "epochs" in given:
         settings["max_steps"] = None  # asked for in epochs: tiny's number of steps does not apply
-    return settings | given
+    args.settings = settings | given  # where an out-of-memory message starts from
+    return args.settings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
