@@ -346,13 +346,14 @@ def retrieval_part(pairs=None, timed=1, n_clips=16):
             scores[name] = job(run, model, texts, examples[:timed], n_clips)
 
         jobs = {f"reference's order, {size:2} captions a pass": partial(reference_order, batch_size=size)
-                for size in (1, 16, 64)}  # fmt: skip
+                for size in (16, 4, 64)}  # 16: the batch size of this task  # fmt: skip
         jobs |= {"ours: the CNN once": our_order}
         seconds = measure({name: partial(keep, name, job) for name, job in jobs.items()}, repeats=3)
         what = "trained weights" if os.environ.get("CHECKPOINT") else "random weights"
         table(f"Retrieval, {what}: {len(texts)} captions x {timed} of the videos x {n_clips} clips", seconds, target=8)
         theirs, *_, ours = scores.values()
         same = torch.equal(theirs.argsort(0), ours.argsort(0))
+        print("The transformer sees every pair on every clip either way; only the two stages below spare it that.")
         print(f"ranks {'identical' if same else 'DIFFER'}, scores apart by {(theirs - ours).abs().max():.0e} at most")
         two_stages(run, model, examples[:pairs], n_clips)
         grid = finetune.encode_videos(run, model, examples[:1], n_clips)[0][0]
@@ -363,7 +364,7 @@ def retrieval_part(pairs=None, timed=1, n_clips=16):
 def two_stages(run, model, examples, n_clips):
     """All pairs on all clips against: all pairs on one clip, a share of them on all clips."""
     texts, columns, rows = [e.text for e in examples], range(len(examples)), {}
-    for share in (1, 0.3, 0.24, 0.18, 0.12):
+    for share in (1, 0.3, 0.2, 0.1):
         K = round(share * len(examples))
         began = time.perf_counter()
         scores = our_order(run, model, texts, examples, n_clips, K)
