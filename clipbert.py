@@ -25,6 +25,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -782,10 +783,9 @@ class Training:
         self.optimizer = build_optimizer(model, run.settings["weight_decay"])
         self.scaler = run.device.scaler()
         self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
+        self.saved = bool(stopped)  # whether the folder's checkpoints are this run's
         if stopped:
             self.restore(stopped)
-        else:
-            (self.out / "previous.pt").unlink(missing_ok=True)  # another run's: nothing for this one to go on from
         self.log, self.waiting, self.unreadable = Log(self.out / "log.jsonl", self.start), [], Counter()
         self.signal, self.began = None, time.time()
 
@@ -866,13 +866,21 @@ class Training:
         number = self.signal
         if self.due(step) or number:
             self.flush()
-            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips, masks have own seeds
-            self.save("last.pt", step, self.out / "previous.pt", best=self.best, optimizer=self.optimizer.state_dict(),
-                      scaler=self.scaler.state_dict(), random=random_states)  # fmt: skip
+            self.checkpoint(step)
         if number:
             raise Interrupted(number, f"{signal.Signals(number).name} after step {step} of {self.total_steps}, "
                                       "which is saved: the same command with --resume goes on from there")  # fmt: skip
+
+    def checkpoint(self, step):
+        """last.pt, with all that a resumed run needs to repeat the uninterrupted one; the last but one is kept."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have own seeds
+        previous = self.out / "previous.pt"
+        self.save("last.pt", step, previous, best=self.best, optimizer=self.optimizer.state_dict(),
+                  scaler=self.scaler.state_dict(), random=random_states)  # fmt: skip
+        if not self.saved:
+            previous.unlink(missing_ok=True)  # another run's
+        self.saved = True
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -904,29 +912,43 @@ def write_text(path, text):
 def main(job, args):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
     try:
-        job(args)
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "
-              "smaller --size", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    except (ValueError, OSError, RuntimeError) as error:
-        if args.debug or "DataLoader worker (pid" not in str(error) and type(error) is RuntimeError:
+        return job(args)
+    except BaseException as error:
+        if args.debug:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
+        traceback.clear_frames(error.__traceback__)  # they hold the data loader, which now ends its workers
+        message, code = explain(error)
+        if not message:
+            raise
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error):
+    """The line to print and the exit code; ("", 1) if it is no error that the user can mend."""
+    if isinstance(error, KeyboardInterrupt):
         plain = (signal.SIGINT, "interrupted: --resume goes on from the last checkpoint, if there is one")
-        number, message = stop.args or plain
-        print(f"\n{message}", file=sys.stderr)
-        sys.exit(128 + number)
+        number, message = error.args or plain
+        return message, 128 + number
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "
+                "smaller --size"), 2  # fmt: skip
+    if worker_died(error):
+        return ("error: a data loader's worker was killed, perhaps for memory: try fewer --workers; --resume goes on "
+                "from the last checkpoint"), 2  # fmt: skip
+    if isinstance(error, ValueError | OSError):
+        return f"error: {one_line(error)}", 2
+    return "", 1
+
+
+def worker_died(error):
+    """torch says so, or the pipe to the worker breaks first."""
+    return "DataLoader worker (pid" in str(error) or isinstance(error, ConnectionError | EOFError)
 
 
 def one_line(error):
-    """Its message; of one that a worker raised, the last line, behind the traceback."""
+    """Its message; of one that a data loader's worker raised, the last line, behind the traceback."""
     text = str(error).strip()
-    if "DataLoader worker (pid" in text:
-        reason = " ".join(text.split(". ")[0].split())
-        return f"{reason}: killed, perhaps for memory (try fewer --workers); --resume goes on from the last checkpoint"
     if text.startswith("Caught "):
         text = text.splitlines()[-1].split(": ", 1)[-1]
     return " ".join(text.split())
