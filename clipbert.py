@@ -30,11 +30,13 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -594,6 +596,8 @@ def whole_file(path, previous=None):
 
 
 def save_checkpoint(path, state, previous=None):
+    if RANK:
+        return
     with whole_file(path, previous) as file:
         torch.save(state, file)
 
@@ -689,6 +693,57 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+# Several GPUs: `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
+# and takes every K-th batch; backward averages the gradients over them (DistributedDataParallel), so that K processes
+# do what one does with K times the --grad_accum. All of them evaluate; the first one prints and writes.
+RANK = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes():
+    if PROCESSES > 1:
+        gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+        if gpu and place >= torch.cuda.device_count():
+            raise ValueError(f"{torch.cuda.device_count()} GPUs: --nproc_per_node can't be more, one process each")
+        if gpu:
+            torch.cuda.set_device(place)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+
+
+@contextmanager
+def first_one_first():
+    """The others wait: there may be toy data to write, or weights to download."""
+    if RANK:
+        dist.barrier()
+    yield
+    if PROCESSES > 1 and not RANK:
+        dist.barrier()
+
+
+def parallel(module):
+    return nn.parallel.DistributedDataParallel(module) if PROCESSES > 1 else module
+
+
+def gather(value):
+    """Every process's value, in order."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class AllClips(nn.Module):
+    """`clip_logits` as the forward of a module, the one method that DistributedDataParallel sees."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, frames, input_ids, attention_mask):
+        return clip_logits(self.model, frames, input_ids, attention_mask)
+
+
 class Device(NamedTuple):
     """Where and how precisely to compute."""
 
@@ -724,7 +779,8 @@ def choose_device(args):
     if precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if gpu else 0
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # for each of this machine's processes
+    workers = args.workers if args.workers is not None else min(8, cores) if gpu else 0
     return Device("cuda" if gpu else "cpu", dtype, workers)
 
 
@@ -740,6 +796,8 @@ class Log:
 
     def write(self, *rows):
         """Whole lines in one system call: a kill comes before or after it."""
+        if RANK:
+            return
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()
@@ -756,6 +814,11 @@ def logged_step(line):
         return json.loads(line)["step"]
     except ValueError:  # half a line, as a power cut may leave it
         return math.inf
+
+
+def mean_row(rows):
+    """One line of the log from every process's."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"step": int(rows[0]["step"])}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -783,31 +846,38 @@ class Training:
         self.optimizer = build_optimizer(model, run.settings["weight_decay"])
         self.scaler = run.device.scaler()
         self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
+        if RANK:
+            torch.manual_seed(run.seed + RANK)  # the same model, but each process its own dropout
         self.saved = bool(stopped)  # whether the folder's checkpoints are this run's
         if stopped:
             self.restore(stopped)
         self.log, self.waiting, self.unreadable = Log(self.out / "log.jsonl", self.start), [], Counter()
-        self.signal, self.began = None, time.time()
+        self.signal, self.began = 0, time.time()
 
     def restore(self, state):
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["torch"])
-        if torch.cuda.is_available() and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"])
+        torch.manual_seed(self.run.seed + RANK)  # of a process that the stopped run did not have
+        for random_states in state["random"][RANK : RANK + 1]:
+            torch.set_rng_state(random_states["torch"])
+            if torch.cuda.is_available() and random_states["cuda"] is not None:
+                torch.cuda.set_rng_state(random_states["cuda"])
 
     def summary(self, per_step, unit):
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         settings = ", ".join(f"{name} {value}" for name, value in self.run.settings.items() if value is not None)
-        return (f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on "
-                f"{self.run.device.name}: {settings}")  # fmt: skip
+        device = self.run.device.name + (f" x {PROCESSES}" if PROCESSES > 1 else "")
+        return f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on {device}: {settings}"
+
+    def list_unreadable(self):
+        list_unreadable(sum(gather(self.unreadable), Counter()), "replaced by other examples in training")
 
     def steps(self):
         """start + 1, ..., total_steps, with a progress bar."""
         self.progress = tqdm(
             range(self.start + 1, self.total_steps + 1), initial=self.start, total=self.total_steps, unit="step",
-            disable=None,
+            disable=True if RANK else None,
         )  # fmt: skip
         return self.progress
 
@@ -827,8 +897,9 @@ class Training:
 
     def flush(self):
         """Log the waiting steps. If one was not finite, the run ends here."""
-        rows = [{name: float(value) for name, value in row.items()} | {"step": row["step"]} for row in self.waiting]
+        rows = [{name: float(value) for name, value in row.items()} for row in self.waiting]
         self.waiting = []
+        rows = [mean_row(same) for same in zip(*gather(rows), strict=True)]
         self.log.write(*rows)
         for row in rows:
             overflow = self.run.device.dtype == torch.float16 and math.isfinite(row["loss"])  # the scaler sees to it
@@ -836,7 +907,7 @@ class Training:
                 self.stop_at_nonfinite(row)
         if rows:
             s, done = self.run.settings, rows[-1]["step"] - self.start
-            rate = done * s["batch_size"] * s["grad_accum"] / (time.time() - self.began)
+            rate = done * s["batch_size"] * s["grad_accum"] * PROCESSES / (time.time() - self.began)
             loss = sum(row["loss"] for row in rows) / len(rows)
             self.progress.set_postfix(loss=f"{loss:.3f}", lr=f"{rows[-1]['lr']:.1e}", examples_per_s=f"{rate:.0f}")
 
@@ -864,6 +935,8 @@ class Training:
     def end_step(self, step):
         """A checkpoint if one is due, or if a signal came: then the run ends here."""
         number = self.signal
+        if PROCESSES > 1:  # they must agree on a step to stop at: they ask each other now and then
+            number = max(gather(number)) if step % 10 == 0 else 0
         if self.due(step) or number:
             self.flush()
             self.checkpoint(step)
@@ -877,7 +950,7 @@ class Training:
         random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have own seeds
         previous = self.out / "previous.pt"
         self.save("last.pt", step, previous, best=self.best, optimizer=self.optimizer.state_dict(),
-                  scaler=self.scaler.state_dict(), random=random_states)  # fmt: skip
+                  scaler=self.scaler.state_dict(), random=gather(random_states))  # fmt: skip
         if not self.saved:
             previous.unlink(missing_ok=True)  # another run's
         self.saved = True
@@ -897,7 +970,7 @@ class Training:
 
 
 def list_unreadable(errors, what):
-    errors = Counter(errors)
+    errors = Counter(() if RANK else errors)
     if errors:
         print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
     for line, times in errors.most_common(20):
@@ -905,6 +978,8 @@ def list_unreadable(errors, what):
 
 
 def write_text(path, text):
+    if RANK:
+        return
     with whole_file(path) as file:
         file.write(text.encode())
 
@@ -912,7 +987,9 @@ def write_text(path, text):
 def main(job, args):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
     try:
-        return job(args)
+        join_processes()
+        job(args)
+        return dist.destroy_process_group() if PROCESSES > 1 else None
     except BaseException as error:
         if args.debug:
             raise

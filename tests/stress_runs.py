@@ -38,21 +38,22 @@ import finetune  # noqa: E402
 SMALL = ["--batch_size", 4, "--size", 32, "--test_clips", 1]
 
 
-def job(arguments, log, before):
-    """What a started process does: fine-tuning, its output in a file."""
+def job(script, arguments, log, before):
+    """What a started process does: training, its output in a file."""
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     before()
-    clipbert.main(finetune.run_training, finetune.parse_arguments([str(argument) for argument in arguments]))
+    clipbert.main(script.run_training, script.parse_arguments([str(argument) for argument in arguments]))
 
 
 def nothing():
     pass
 
 
-def start(folder, out, *more, before=nothing):
+def start(folder, out, *more, before=nothing, script=None):
     """Fine-tuning as a forked process (nothing is imported again); it writes what it says to <out>.txt."""
-    arguments = ["--data", folder, "--out", out, *SMALL, *more]
-    process = multiprocessing.get_context("fork").Process(target=job, args=(arguments, f"{out}.txt", before))
+    script, small = (script, SMALL[:4]) if script else (finetune, SMALL)
+    arguments = ["--data", folder, "--out", out, *small, *more]
+    process = multiprocessing.get_context("fork").Process(target=job, args=(script, arguments, f"{out}.txt", before))
     process.start()
     return process
 
@@ -70,8 +71,9 @@ def errors(out):
 def tensors(path):
     """Everything in a checkpoint that a run goes on from, flattened."""
     state = clipbert.load_checkpoint(path)
+    random_states = {f"random{rank}": each["torch"] for rank, each in enumerate(state["random"])}
     moments = {f"{k}.{n}": v for k, s in state["optimizer"]["state"].items() for n, v in s.items()}
-    return state["model"] | moments | {"random": state["random"]["torch"]}
+    return state["model"] | moments | random_states
 
 
 def same(one, other):
