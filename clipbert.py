@@ -16,23 +16,35 @@ Read this file beside section 3 of the paper, top to bottom:
 B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K scores.
 """
 
+import argparse
+import errno
 import json
+import math
 import os
 import random
+import signal
 import sys
+import time
+import traceback
 import warnings
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
+from tqdm import tqdm
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertPreTrainingHeads
 
@@ -101,6 +113,8 @@ class GridFeatures(nn.Module):
     (stride 8, so 16 in all), since a 64-pixel toy frame would otherwise end in a single grid cell.
     """
 
+    chunk = None  # how many frames at a time, when memory is short; None: all of them
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -137,15 +151,49 @@ class GridFeatures(nn.Module):
         return pixels.flip(-3) if self.cfg.bgr else pixels  # the mean is RGB: flip only after subtracting it
 
     def forward(self, frames):
-        """(B, T, 3, L, L) uint8 or float RGB 0..255 -> grid features (B, T, h, w, d)."""
-        B, T = frames.shape[:2]
-        x = self.normalize(frames.flatten(0, 1))  # (B*T, 3, L, L)
-        x = x.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+        """(B, T, 3, L, L) uint8 or float RGB 0..255 -> grid features (B, T, h, w, d).
+
+        In chunks, the backward pass runs each chunk's forward again: only one chunk's activations are in memory.
+        """
+        features = self.features
+        if self.chunk and torch.is_grad_enabled():
+            features = partial(checkpoint, self.features, use_reentrant=False, preserve_rng_state=False)
+        parts = frames.flatten(0, 1).split(self.chunk or frames.shape[0] * frames.shape[1])
+        x = torch.cat([features(part) for part in parts])  # (B*T, h, w, d)
+        return x.unflatten(0, frames.shape[:2])
+
+    def features(self, frames):
+        """(F, 3, L, L) -> (F, h, w, d). Of the frozen stages autograd keeps nothing, as no input needs a gradient."""
+        x = frames.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
         r = self.resnet
-        x = r.maxpool(r.relu(r.bn1(r.conv1(x))))  # (B*T, 64, L/4, L/4)
-        x = r.layer4(r.layer3(r.layer2(r.layer1(x))))  # (B*T, 2048, L/32, L/32)
-        x = self.grid_encoder(x)  # (B*T, d, h, w)
-        return x.permute(0, 2, 3, 1).unflatten(0, (B, T))  # (B, T, h, w, d)
+        x = r.maxpool(F.relu(conv_norm(self.normalize(x), r.conv1, r.bn1)))  # (F, 64, L/4, L/4)
+        for stage in (r.layer1, r.layer2, r.layer3, r.layer4):
+            for block in stage.children():
+                x = residual_block(x, block)
+        return self.grid_encoder(x).permute(0, 2, 3, 1)  # (F, 2048, L/32, L/32) -> (F, h, w, d)
+
+
+def conv_norm(x, conv, norm):
+    """A convolution and its FrozenBatchNorm as one convolution: the norm is linear and never learns.
+
+        s (w * x - mean) + b = (s w) * x + (b - s mean),  s = gain / sqrt(variance + eps)
+
+    Gradients reach w through s w. Apart from fewer passes over the activations this keeps them in half precision under
+    autocast: the norm's float32 buffers would make all of them float32, with a second copy for the next convolution.
+    """
+    s = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * s
+    return F.conv2d(x, conv.weight * s.view(-1, 1, 1, 1), bias, conv.stride, conv.padding)
+
+
+def residual_block(x, block):
+    """A block of torchvision's ResNet, its norms folded into the convolutions."""
+    shortcut = conv_norm(x, *block.downsample) if block.downsample else x
+    x = F.relu(conv_norm(x, block.conv1, block.bn1))
+    x = conv_norm(x, block.conv2, block.bn2)
+    if isinstance(block, Bottleneck):
+        x = conv_norm(F.relu(x), block.conv3, block.bn3)
+    return F.relu(x + shortcut)
 
 
 def scale_residual_branches(stages):
@@ -235,8 +283,8 @@ class VideoTextEncoder(nn.Module):
         visual = visual.repeat_interleave(input_ids.shape[0] // visual.shape[0], dim=0)  # (B*n, h*w, d)
         text = self.bert.embeddings(input_ids)  # (B*n, Lt, d); text type ids are 0, the visual type has its own table
         # Grid cells over the zero border of a padded frame are not masked: the reference attends to them, too.
-        mask = torch.cat([attention_mask.bool(), attention_mask.new_ones(visual.shape[:2]).bool()], dim=1)
-        mask = mask[:, None, None, :]  # (B*n, 1, 1, Lt + h*w): the same for every head and query
+        mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]  # the same for all heads, queries
+        mask = torch.zeros_like(mask, dtype=text.dtype).masked_fill(mask == 0, -torch.inf)  # (B*n, 1, 1, Lt + h*w)
         hidden = self.bert.encoder(torch.cat([text, visual], dim=1), attention_mask=mask).last_hidden_state
         return hidden, self.bert.pooler(hidden)
 
@@ -356,19 +404,21 @@ def video_loss(p, target, kind):
     if kind == "match":
         return F.cross_entropy(p, target)
     if kind == "rank":
-        return rank_loss(p.view(int(target.sum()), -1))
+        return rank_loss(p.squeeze(1), target)
     raise ValueError(f"unknown kind of answer {kind!r}")
 
 
-def rank_loss(p, margin=0.2):
+def rank_loss(p, target, margin=0.2):
     """Rank a video's own caption above wrong ones by a margin.
 
         loss = mean of max(0, margin + sigmoid(p_wrong) - sigmoid(p_own))
 
-    p (B, 1 + wrong captions), the own caption first.
+    p, target (B*n,): 1 for a video's own caption, then 0 for wrong ones.
     """
     scores = p.sigmoid()
-    return (margin + scores[:, 1:] - scores[:, :1]).clamp(min=0).mean()
+    own = (torch.arange(len(p), device=p.device) * target).cummax(0).values  # where each row's own caption is
+    excess = (margin + scores - scores[own]).clamp(min=0) * (1 - target)
+    return excess.sum() / (1 - target).sum()  # all on the device: nothing waits for a number
 
 
 def match_score(p):
@@ -423,8 +473,7 @@ def build_optimizer(model, weight_decay=1e-3):
     torch's AdamW adds eps after the bias correction and decays before the update; the reference's does both the other
     way round. The trajectories differ in the fourth digit of a step.
     """
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
@@ -558,29 +607,69 @@ def load_pretrained(model, resnet=None, bert=None):
     return copy_weights(model, cnn | {f"bert.{k}": v for k, v in language.items()})
 
 
-def save_checkpoint(path, state):
-    """Write a checkpoint whole or not at all: to a temporary file, to the disk, then renamed over the old one."""
+@contextmanager
+def whole_file(path, previous=None):
+    """A file, open for writing, that takes the place of `path` when it is complete: flushed, then renamed.
+
+    previous: where the file that it replaces is kept. Whenever the process dies, one of the two is there and whole.
+    An OSError names the file and leaves the old one in place.
+    """
     temporary = f"{path}.tmp"
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:  # a full disk, Ctrl-C: the old checkpoint stays, the half-written one goes
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with suppress(OSError):  # the disk may be gone altogether
+            os.unlink(temporary)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what the disk said
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"{path}: not written ({cause.strerror}): make room or choose another --out; what was saved "
+                      "before is still there, and --resume goes on from it") from error  # fmt: skip
+
+
+def save_checkpoint(path, state, previous=None):
+    if RANK:
+        return
+    with whole_file(path, previous) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path):
     """Read tensors and plain values only (weights_only): a stranger's file can't run code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
         what = f"not a whole checkpoint of tensors and plain values ({type(error).__name__})"
         raise ValueError(f"{path}: {what}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")
+    return state
+
+
+def load_newest(folder):
+    """What a run in this folder can go on from: the newest checkpoint that is whole, and its path."""
+    problems = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if "optimizer" not in state:
+            raise ValueError(f"{path}: holds no optimizer, so it can't go on; start from it with --init")
+        for problem in problems:
+            print(f"note: {problem}; taking the one before it")
+        return state, path
+    raise ValueError(f"{problems[0]}: nothing to go on from; start anew without --resume")
 
 
 def config_from(state):
@@ -594,7 +683,51 @@ def config_dict(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the two training loops share: the device, the log, random states, errors in one line
+# What the two scripts share: flags, the device, several processes, the log, one training run, errors in one line
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def add_flags(parser):
+    """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings."""
+    add = parser.add_argument
+    # which model, and what it starts from
+    add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
+    add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
+    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's ResNet-50 weights (default: the hub's)")
+    add("--bert", type=Path, metavar="DIR", help="base: a bert-base-uncased folder (default: the hub's)")
+    add("--scratch", action="store_true", help="base: start from random weights")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
+    # hyper-parameters; those in force are printed at the start
+    for name in ("size", "frames", "text_length", "batch_size", "grad_accum", "epochs"):
+        add(f"--{name}", type=positive)
+    for name in ("fps", "lr", "weight_decay", "clip_grad"):
+        add(f"--{name}", type=float)
+    add("--max_steps", type=positive, help="stop the schedule after so many updates, whatever --epochs says")
+    add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
+    add("--limit", type=positive, help="use only the first so many examples or images of each split")
+    add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
+    add("--chunk", type=positive, metavar="FRAMES", help="short of memory: pass so many frames through the CNN at a "
+        "time, and again when their gradient is due (activation checkpointing)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the CNN and the transformer: slow to start, then faster")
+    add("--workers", type=int, help="processes that read videos (default: 0 on a CPU, else one a core, at most 8)")
+    add("--save_every", type=positive, default=500, help="steps between checkpoints")
+    add("--seed", type=int, default=0)
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def override(settings, args):
+    """The settings with the command line's values."""
+    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    if "epochs" in given:
+        settings = settings | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
+    args.settings = settings | given  # where an out-of-memory message starts from
+    return args.settings
 
 
 def seed_everything(seed):
@@ -603,12 +736,65 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+# Several GPUs: `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
+# and takes every K-th batch; backward averages the gradients over them (DistributedDataParallel), so that K processes
+# do what one does with K times the --grad_accum. All of them evaluate; the first one prints and writes.
+RANK = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes():
+    if PROCESSES > 1:
+        gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+        if gpu and place >= torch.cuda.device_count():
+            raise ValueError(f"{torch.cuda.device_count()} GPUs: --nproc_per_node can't be more, one process each")
+        if gpu:
+            torch.cuda.set_device(place)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+
+
+@contextmanager
+def first_one_first():
+    """The others wait: there may be toy data to write, or weights to download."""
+    if RANK:
+        dist.barrier()
+    yield
+    if PROCESSES > 1 and not RANK:
+        dist.barrier()
+
+
+def parallel(module):
+    return nn.parallel.DistributedDataParallel(module) if PROCESSES > 1 else module
+
+
+def gather(value):
+    """Every process's value, in order."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class AllClips(nn.Module):
+    """`clip_logits` as the forward of a module, the one method that DistributedDataParallel sees."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, frames, input_ids, attention_mask):
+        return clip_logits(self.model, frames, input_ids, attention_mask)
+
+
 class Device(NamedTuple):
     """Where and how precisely to compute."""
 
     name: str  # "cuda" | "cpu"
     dtype: torch.dtype  # of the forward pass under autocast; weights stay float32
     workers: int
+    chunk: int | None = None  # frames that go through the CNN at a time
+    compile: bool = False
 
     def autocast(self):
         return torch.autocast(self.name, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -618,11 +804,21 @@ class Device(NamedTuple):
         mostly wait for each other (on a busy machine: four times the CPU time, five times the wall time)."""
         if self.name == "cpu" and model.cfg.backbone == "tiny":
             torch.set_num_threads(1)
+        model.cnn.chunk = self.chunk
+        if self.compile:  # in place: the names in a checkpoint stay
+            model.cnn.compile()
+            model.bert.encoder.compile()
         return model.to(self.name)
 
     def move(self, batch):
         """Tensors to the device; frames stay uint8 until they are there, a quarter of the bytes."""
         return {k: v.to(self.name, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def scaler(self):
+        """fp16: loss scaling. Otherwise a constant 1, for the other thing that a GradScaler does: an update whose
+        gradients are not finite is skipped on the device, so the weights survive until the loss is next looked at."""
+        constant = {} if self.dtype == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        return torch.amp.GradScaler(self.name, **constant)
 
 
 def choose_device(args):
@@ -632,59 +828,198 @@ def choose_device(args):
     if precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if gpu else 0
-    return Device("cuda" if gpu else "cpu", dtype, workers)
-
-
-def training_state(optimizer, scaler):
-    """What a checkpoint needs, besides the model and the step, for a resumed run to repeat the uninterrupted one."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have their own seeds
-    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random_states}
-
-
-def restore_training(state, optimizer, scaler):
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"]["torch"])
-    if torch.cuda.is_available() and state["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # for each of this machine's processes
+    workers = args.workers if args.workers is not None else min(8, cores) if gpu else 0
+    return Device("cuda" if gpu else "cpu", dtype, workers, args.chunk, args.compile)
 
 
 class Log:
-    """log.jsonl: a line a step. Losses stay on the device until `flush`, so that logging never makes the GPU wait."""
+    """log.jsonl: a line a step or evaluation."""
 
     def __init__(self, path, start):
-        kept = []
-        if start and path.exists():  # resumed: drop the lines of steps that will be done again
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may leave a half
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.path, self.waiting = path, []
+        """start: the step to go on from. The lines of later steps, which will be done again, are dropped."""
+        lines = path.read_text().splitlines() if start and path.exists() else []
+        kept = [line for line in lines if logged_step(line) <= start]
+        write_text(path, "".join(line + "\n" for line in kept))
+        self.path = path
 
-    def step(self, **values):
-        self.waiting.append(values)
+    def write(self, *rows):
+        """Whole lines in one system call: a kill comes before or after it."""
+        if RANK:
+            return
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(lines) < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
+
+
+def logged_step(line):
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # half a line, as a power cut may leave it
+        return math.inf
+
+
+def mean_row(rows):
+    """One line of the log from every process's."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"step": int(rows[0]["step"])}
+
+
+class Interrupted(KeyboardInterrupt):
+    """(signal number, a message that says how to go on)"""
+
+
+class Training:
+    """What surrounds both scripts' loops: AdamW, the log, checkpoints, and how a run stops and goes on.
+
+    with Training(...) as training: inside, Ctrl-C and SIGTERM wait for the end of the step.
+    """
+
+    def __init__(self, args, run, model, total_steps, stopped, **contents):
+        """stopped: the checkpoint to go on from, or None. contents: what checkpoints hold of the script's own."""
+        self.model, self.run, self.total_steps = model, run, total_steps
+        self.out, self.save_every = args.out, args.save_every
+        self.contents = contents | {"seed": run.seed, "blind": run.blind, "settings": run.settings,
+                                    "config": config_dict(model.cfg)}  # fmt: skip
+        config = {name: value for name, value in self.contents.items() if name not in ("vocabulary", "answers")} | {
+            "init": str(args.init or ""), "device": run.device.name, "precision": str(run.device.dtype).split(".")[1],
+            "total_steps": total_steps,
+        }  # fmt: skip
+        write_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+        run.device.place(model)
+        self.optimizer = build_optimizer(model, run.settings["weight_decay"])
+        self.scaler = run.device.scaler()
+        self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
+        if RANK:
+            torch.manual_seed(run.seed + RANK)  # the same model, but each process its own dropout
+        self.saved = bool(stopped)  # whether the folder's checkpoints are this run's
+        if stopped:
+            self.restore(stopped)
+        self.log, self.waiting, self.unreadable = Log(self.out / "log.jsonl", self.start), [], Counter()
+        self.signal, self.began = 0, time.time()
+
+    def restore(self, state):
+        self.start, self.best = state["step"], state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.manual_seed(self.run.seed + RANK)  # of a process that the stopped run did not have
+        for random_states in state["random"][RANK : RANK + 1]:
+            torch.set_rng_state(random_states["torch"])
+            if torch.cuda.is_available() and random_states["cuda"] is not None:
+                torch.cuda.set_rng_state(random_states["cuda"])
+
+    def summary(self, per_step, unit):
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        settings = ", ".join(f"{name} {value}" for name, value in self.run.settings.items() if value is not None)
+        device = self.run.device.name + (f" x {PROCESSES}" if PROCESSES > 1 else "")
+        return f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on {device}: {settings}"
+
+    def list_unreadable(self):
+        list_unreadable(sum(gather(self.unreadable), Counter()), "replaced by other examples in training")
+
+    def steps(self):
+        """start + 1, ..., total_steps, with a progress bar."""
+        self.progress = tqdm(
+            range(self.start + 1, self.total_steps + 1), initial=self.start, total=self.total_steps, unit="step",
+            disable=True if RANK else None,
+        )  # fmt: skip
+        return self.progress
+
+    def update(self, step, **losses):
+        """An update by the gradients so far, with the step's learning rate; and a line of the log, some time later."""
+        lr = learning_rate(step, self.total_steps, self.run.settings["lr"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.settings["clip_grad"])
+        self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.waiting.append({"step": step, **losses, "lr": lr, "grad_norm": norm})
+        if step % 10 == 0 or step == self.total_steps:  # reading a number off the GPU waits for it: not at every step
+            self.flush()
 
     def flush(self):
-        """Write what is waiting; -> the mean loss of those steps. Raises ValueError if a loss is not a number."""
-        losses = [float(values["loss"]) for values in self.waiting]
-        for values in self.waiting:
-            self.write(**{k: float(v) if torch.is_tensor(v) else v for k, v in values.items()})
-        first, self.waiting = (self.waiting or [None])[0], []
-        if not np.isfinite(losses).all():
-            raise ValueError(
-                f"the loss is {losses[-1]} near step {first['step']}: try a lower --lr, or --precision fp32 or bf16 "
-                f"(the steps before are in {self.path})"
-            )
-        return sum(losses) / max(len(losses), 1)
+        """Log the waiting steps. If one was not finite, the run ends here."""
+        rows = [{name: float(value) for name, value in row.items()} for row in self.waiting]
+        self.waiting = []
+        rows = [mean_row(same) for same in zip(*gather(rows), strict=True)]
+        self.log.write(*rows)
+        for row in rows:
+            overflow = self.run.device.dtype == torch.float16 and math.isfinite(row["loss"])  # the scaler sees to it
+            if not math.isfinite(row["loss"] + row["grad_norm"]) and not overflow:
+                self.stop_at_nonfinite(row)
+        if rows:
+            s, done = self.run.settings, rows[-1]["step"] - self.start
+            rate = done * s["batch_size"] * s["grad_accum"] * PROCESSES / (time.time() - self.began)
+            loss = sum(row["loss"] for row in rows) / len(rows)
+            self.progress.set_postfix(loss=f"{loss:.3f}", lr=f"{rows[-1]['lr']:.1e}", examples_per_s=f"{rate:.0f}")
 
-    def write(self, **values):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+    def stop_at_nonfinite(self, row):
+        """Save what is needed to look into it: the step, its examples, and weights that are still finite."""
+        path = self.out / "nonfinite.pt"
+        self.save(path.name, row["step"], examples=self.examples_of(row["step"]))
+        raise ValueError(
+            f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step {row['step']}: try a lower --lr, or "
+            f"--precision fp32 or bf16. Its examples and the weights are in {path}; --resume goes on from before"
+        )
+
+    def save(self, name, step, previous=None, **more):
+        contents = self.contents | {"step": step, "model": self.model.state_dict(), **more}
+        save_checkpoint(self.out / name, contents, previous)
+
+    def save_best(self, step, score):
+        if score > self.best:
+            self.best = score
+            self.save("best.pt", step)
+
+    def due(self, step):
+        return step % self.save_every == 0 or step == self.total_steps
+
+    def end_step(self, step):
+        """A checkpoint if one is due, or if a signal came: then the run ends here."""
+        number = self.signal
+        if PROCESSES > 1:  # they must agree on a step to stop at: they ask each other now and then
+            number = max(gather(number)) if step % 10 == 0 else 0
+        if self.due(step) or number:
+            self.flush()
+            self.checkpoint(step)
+        if number:
+            raise Interrupted(number, f"{signal.Signals(number).name} after step {step} of {self.total_steps}, "
+                                      "which is saved: the same command with --resume goes on from there")  # fmt: skip
+
+    def checkpoint(self, step):
+        """last.pt, with all that a resumed run needs to repeat the uninterrupted one; the last but one is kept."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have own seeds
+        previous = self.out / "previous.pt"
+        self.save("last.pt", step, previous, best=self.best, optimizer=self.optimizer.state_dict(),
+                  scaler=self.scaler.state_dict(), random=gather(random_states))  # fmt: skip
+        if not self.saved:
+            previous.unlink(missing_ok=True)  # another run's
+        self.saved = True
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        if self.signal:  # a second time: at once
+            raise Interrupted(number, "stopped in the middle of a step: --resume goes on from the last checkpoint")
+        self.signal = number
 
 
 def list_unreadable(errors, what):
-    errors = Counter(errors)
+    errors = Counter(() if RANK else errors)
     if errors:
         print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
     for line, times in errors.most_common(20):
@@ -692,25 +1027,67 @@ def list_unreadable(errors, what):
 
 
 def write_text(path, text):
-    """Whole or not at all, as checkpoints."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    if RANK:
+        return
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def less_memory(settings, chunk):
+    """What to run with instead, cheapest first: settings in force -> a sentence of flags."""
+    batch, accum, size = (settings[name] for name in ("batch_size", "grad_accum", "size"))
+    smaller = max((b for b in range(1, batch // 2 + 1) if batch * accum % b == 0), default=None)
+    frames = batch * settings["frames"] * settings.get("train_clips", 1)  # in one pass of the CNN
+    fewer = min(chunk or frames, frames, 32) // 2
+    choices = [
+        smaller and f"--batch_size {smaller} --grad_accum {batch * accum // smaller} (the same update)",
+        fewer and f"--chunk {fewer} (the same numbers; a third more work for the CNN)",
+        size >= 128 and f"--size {size * 3 // 4 // 64 * 64} (fewer pixels: other numbers)",
+    ]
+    return "Try, in this order or together: " + "; ".join(choice for choice in choices if choice)
 
 
 def main(job, args):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
     try:
+        join_processes()
         job(args)
-    except (ValueError, OSError) as error:
+        return dist.destroy_process_group() if PROCESSES > 1 else None
+    except BaseException as error:
         if args.debug:
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "
-              "smaller --size", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        traceback.clear_frames(error.__traceback__)  # they hold the data loader, which now ends its workers
+        message, code = explain(error, args)
+        if not message:
+            raise
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error, args):
+    """The line to print and the exit code; ("", 1) if it is no error that the user can mend."""
+    if isinstance(error, KeyboardInterrupt):
+        plain = (signal.SIGINT, "interrupted: --resume goes on from the last checkpoint, if there is one")
+        number, message = error.args or plain
+        return message, 128 + number
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"error: out of GPU memory. {less_memory(args.settings, args.chunk)}", 2
+    if worker_died(error):
+        return ("error: a data loader's worker was killed, perhaps for memory: try fewer --workers; --resume goes on "
+                "from the last checkpoint"), 2  # fmt: skip
+    if isinstance(error, ValueError | OSError):
+        return f"error: {one_line(error)}", 2
+    return "", 1
+
+
+def worker_died(error):
+    """torch says so, or the pipe to the worker breaks first."""
+    return "DataLoader worker (pid" in str(error) or isinstance(error, ConnectionError | EOFError)
+
+
+def one_line(error):
+    """Its message; of one that a data loader's worker raised, the last line, behind the traceback."""
+    text = str(error).strip()
+    if text.startswith("Caught "):
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    return " ".join(text.split())

@@ -16,14 +16,13 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import clipbert
 import data
@@ -107,35 +106,21 @@ def parse_arguments(arguments=None):
     add("--task", default="tgif_qa", choices=[*ALIASES, *TASKS], metavar="TASK", help=", ".join([*ALIASES, *TASKS]))
     add("--data", type=Path, help="the data set's folder (default: the toy data, written to toy_data/)")
     add("--out", type=Path, help="where to write (default: runs/TASK)")
-    # which model, and what it starts from
-    add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
-    add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
-    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's ResNet-50 weights (default: the hub's)")
-    add("--bert", type=Path, metavar="DIR", help="base: a bert-base-uncased folder (default: the hub's)")
-    add("--scratch", action="store_true", help="base: start from random weights")
     # other things to do than train
-    add("--resume", action="store_true", help="go on from last.pt in the output folder")
     add("--eval", type=Path, metavar="CKPT", help="only evaluate this checkpoint of ours")
     add("--split", choices=["train", "val", "test"], default="test", help="with --eval: on which examples")
     add("--predict", type=Path, metavar="VIDEO", help="with --eval: answer --question about one video")
     add("--question")
     add("--options", nargs="+", default=[], help="multiple choice: the options")
-    # hyper-parameters; the default is the task's row, printed at the start
-    for name in ("size", "frames", "train_clips", "text_length", "batch_size", "grad_accum", "epochs", "max_steps"):
-        add(f"--{name}", type=positive)
-    for name in ("fps", "lr", "weight_decay", "clip_grad"):
-        add(f"--{name}", type=float)
+    clipbert.add_flags(parser)
+    # hyper-parameters of the tasks; the default is the task's row, printed at the start
+    add("--train_clips", type=clipbert.positive, help="N_train")
     add("--agg", choices=["mean", "max", "lse"], help="G: how clips become a video")
-    add("--test_clips", type=positive, nargs="+", help="N_test: evaluate at each of these")
+    add("--test_clips", type=clipbert.positive, nargs="+", help="N_test: evaluate at each of these")
+    add("--rerank", type=clipbert.positive, nargs="+", metavar="K", help="retrieval: score all pairs on one clip, "
+        "then only each caption's best K on all; several K: side by side; as many K as videos: all pairs")  # fmt: skip
     add("--rank_loss", action="store_true", help="retrieval: a margin between captions, not cross entropy")
-    add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
-    add("--limit", type=positive, help="use only the first so many examples of each split")
     add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
-    add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
-    add("--workers", type=int, help="processes that decode videos (default: 0 on a CPU, else one a core, at most 8)")
-    add("--save_every", type=positive, default=500, help="steps between checkpoints")
-    add("--seed", type=int, default=0)
-    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     args.task = ALIASES.get(args.task, args.task)
     args.out = args.out or Path("runs") / args.task
@@ -146,23 +131,13 @@ def parse_arguments(arguments=None):
     return args
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def settings_for(args, backbone, stored=None):
     """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
     row = TASKS[args.task]._asdict()
-    settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]} | {"max_steps": None}
+    settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]}
+    settings |= {"max_steps": None, "rerank": None}
     settings |= TINY | row["tiny"] if backbone == "tiny" else {}
-    settings |= stored or {}
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    if "epochs" in given:
-        settings["max_steps"] = None  # asked for in epochs: tiny's number of steps does not apply
-    return settings | given
+    return clipbert.override(settings | (stored or {}), args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,9 +177,8 @@ def task_row(args, state):
     return task
 
 
-def load_run(path, task_name):
-    """A model and everything needed to use it, from one of our fine-tuning checkpoints."""
-    state = clipbert.load_checkpoint(path)
+def model_from(state, path, task_name):
+    """The model that one of our fine-tuning checkpoints holds."""
     if "num_outputs" not in state:
         raise ValueError(f"{path}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
     retrieval = TASKS[state["task"]].kind == TASKS[task_name].kind == "match"  # one retrieval model does for them all
@@ -212,7 +186,7 @@ def load_run(path, task_name):
         raise ValueError(f"{path}: a checkpoint of --task {state['task']}, not {task_name}")
     model = clipbert.ClipBert(clipbert.config_from(state), state["num_outputs"])
     model.load_state_dict(state["model"])
-    return model, state
+    return model
 
 
 class Run(NamedTuple):
@@ -242,57 +216,46 @@ class Run(NamedTuple):
 # Training
 
 
-def train(run, model, optimizer, scaler, examples, args, checkpoint, start, total_steps, validate):
+def train(run, model, training, examples, validate):
     """The training loop, the same for every task.
 
     A step is grad_accum batches, one update. Which examples and which random clips it sees depends on the seed and the
     step alone, so a resumed run repeats the uninterrupted one.
     """
-    s, device = run.settings, run.device
-    batches = data.training_order(
-        len(examples), s["batch_size"], total_steps * s["grad_accum"], run.seed, start * s["grad_accum"]
-    )
-    loader = iter(run.loader(examples, s["train_clips"], True, batches))
-    steps_per_epoch = -(-len(examples) // (s["batch_size"] * s["grad_accum"]))
-    log = clipbert.Log(args.out / "log.jsonl", start)
-    unreadable, seen, began = Counter(), 0, time.time()
-    progress = tqdm(range(start + 1, total_steps + 1), initial=start, total=total_steps, unit="step", disable=None)
+    s, device, n = run.settings, run.device, run.settings["grad_accum"] * clipbert.PROCESSES  # n batches to a step
+
+    def batches_after(step):
+        return data.training_order(len(examples), s["batch_size"], training.total_steps * n, run.seed, step * n)
+
+    training.examples_of = lambda step: [
+        examples[i].id for batch in islice(batches_after(step - 1), n) for _, i in batch
+    ]
+    own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
+    loader = iter(run.loader(examples, s["train_clips"], True, own_batches))
+    steps_per_epoch = -(-len(examples) // (s["batch_size"] * n))
+    all_clips = clipbert.parallel(clipbert.AllClips(model))
     model.train()
-    for step in progress:
-        lr = clipbert.learning_rate(step, total_steps, s["lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    for step in training.steps():
         loss = 0.0
-        for _ in range(s["grad_accum"]):
+        for i in range(s["grad_accum"]):
+            all_clips.require_backward_grad_sync = i == s["grad_accum"] - 1  # else as in DDP's no_sync()
             batch = device.move(next(loader))
             with device.autocast():
-                logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
+                logits = all_clips(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
                 p = clipbert.aggregate_clips(logits.float(), s["agg"])  # p = G(p_1, ..., p_N)
                 # The reference sums the gradients of accumulated batches; the mean makes two batches of 16 one of 32.
                 part = clipbert.video_loss(p, batch["target"], run.task.kind) / s["grad_accum"]
-            scaler.scale(part).backward()
+            training.scaler.scale(part).backward()
             loss = loss + part.detach()
-            seen += len(batch["target"])
-            unreadable.update(line for lines in batch["unreadable"] for line in lines)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip_grad"])
-        scaler.step(optimizer)  # skips the update if fp16 gradients overflowed
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        log.step(step=step, loss=loss, lr=lr, grad_norm=norm)
-        if step % 10 == 0 or step == total_steps:  # reading a number off the GPU waits for it: not at every step
-            loss = log.flush()
-            rate = seen / (time.time() - began)
-            progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", examples_per_s=f"{rate:.0f}")
-        if step % args.save_every == 0 or step == total_steps:
-            log.flush()
-            checkpoint("last.pt", step)
-        if validate and (step % steps_per_epoch == 0 or step == total_steps):
-            log.flush()
-            log.write(step=step, **validate(step))
+            training.unreadable.update(line for lines in batch["unreadable"] for line in lines)
+        training.update(step, loss=loss)
+        if validate and (step % steps_per_epoch == 0 or step == training.total_steps):
+            training.flush()
+            score = validate()
+            training.log.write({"step": step, "validation": score})
+            training.save_best(step, score)
             model.train()
-    return unreadable
+        training.end_step(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,39 +341,67 @@ def chance_level(task, train, test):
 
 
 @torch.no_grad()
-def score_pairs(run, model, examples, n_clips):
-    """Probabilities of a match (captions, videos), the videos' names, and what could not be read."""
+def encode_videos(run, model, videos, n_clips):
+    """F_v of one example a video: grids (N, h, w, d), None where a video can't be read; and what could not be read.
+
+    They wait in CPU memory, in the precision of the computation: half, where that is bf16 or fp16.
+    """
     model.eval()
-    videos = list({example.video: example for example in examples}.values())  # one example of each video
-    captions = caption_batches(run.tokenizer, [example.text for example in examples], run.settings["text_length"])
-    scores = torch.zeros(len(examples), len(videos))
-    errors = []
-    order = [[(0, i)] for i in range(len(videos))]
-    for column, batch in enumerate(run.loader(videos, n_clips, False, order)):
-        if batch["unreadable"][0]:
-            errors += batch["unreadable"][0]  # scores of 0: never retrieved
-            continue
+    grids, errors = [], []
+    for batch in run.loader(videos, n_clips, False, [[(0, i)] for i in range(len(videos))]):
         with run.device.autocast():
-            grid = model.encode_frames(batch["frames"][0].to(run.device.name))  # (N, T, h, w, d): once per video
-            grid = grid.mean(1, keepdim=True)  # the mean over T that every caption would take again
-            for rows, ids, mask in captions:
-                ids, mask = (x.to(run.device.name).repeat(n_clips, 1) for x in (ids, mask))  # (N*C, Lt)
-                logits = model.classify(grid, ids, mask).float().view(n_clips, len(rows), -1)  # (N, C, 2)
-                p = clipbert.aggregate_clips(logits, run.settings["agg"])
-                scores[rows, column] = clipbert.match_score(p).cpu()
-    return scores, [example.video for example in videos], errors
+            grid = model.encode_frames(batch["frames"][0].to(run.device.name))  # (N, T, h, w, d)
+        grid = grid.mean(1).to("cpu", run.device.dtype)  # the mean over T that every caption would take again
+        grids.append(None if batch["unreadable"][0] else grid)
+        errors += batch["unreadable"][0]
+    return grids, errors
 
 
-def caption_batches(tokenizer, texts, text_length, size=64):
-    """[(their places, ids (C, Lt), mask (C, Lt))]: tokenised once, neighbours in length together (little padding)."""
-    ids = tokenizer(texts, truncation=True, max_length=text_length)["input_ids"]
-    order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-    batches = []
-    for rows in (order[b : b + size] for b in range(0, len(order), size)):
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
-        lengths = torch.tensor([len(ids[i]) for i in rows])
-        batches.append((rows, padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long()))
-    return batches
+@torch.no_grad()
+def score_pairs(run, model, texts, grids, rerank=None):
+    """How well each caption fits each video, as probabilities (captions, videos); 0 for a video that can't be read.
+
+    rerank = K: all pairs are scored on the middle clip alone, and only the best K of each caption on all clips. Of the
+    other pairs it returns that first score minus 1: in both directions they rank among themselves, below all pairs that
+    were scored in full.
+    """
+    model.eval()
+    length = run.settings["text_length"]
+    tokens = run.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    scores = torch.zeros(len(texts), len(grids), dtype=torch.float64)  # float32 would lose small scores beside the -1
+
+    def fill(chosen, clips_of):
+        for column, grid in enumerate(grids):
+            rows = chosen[:, column].nonzero().flatten()
+            if grid is not None and len(rows):
+                for places, p in score_captions(run, model, tokens, rows, clips_of(grid)):
+                    scores[places, column] = p.double()
+
+    chosen = torch.ones_like(scores, dtype=torch.bool)
+    if rerank and rerank < len(grids):
+        fill(chosen, lambda grid: grid[len(grid) // 2][None])
+        chosen = torch.zeros_like(chosen).scatter(1, scores.topk(rerank).indices, True)
+        scores -= 1
+    fill(chosen, lambda grid: grid)
+    return scores
+
+
+def score_captions(run, model, tokens, rows, grid):
+    """The captions in `rows` against one video, whose clips are grid (N, h, w, d): places (C,), probabilities (C,)."""
+    N, grid = len(grid), grid[:, None].to(run.device.name)
+    for places, *text in caption_batches(tokens, rows, max(1, 1024 // N)):
+        ids, mask = (x.to(run.device.name).repeat(N, 1) for x in text)  # (N*C, Lt)
+        with run.device.autocast():
+            logits = model.classify(grid, ids, mask).float().view(N, len(places), -1)  # (N, C, 2)
+        yield places, clipbert.match_score(clipbert.aggregate_clips(logits, run.settings["agg"])).cpu()
+
+
+def caption_batches(tokens, rows, size):
+    """The captions in `rows`: their places (C,), ids and mask (C, Lt); like lengths together: little padding."""
+    lengths = tokens["attention_mask"].sum(1)
+    for places in rows[lengths[rows].argsort()].split(size):
+        longest = lengths[places].max()
+        yield places, tokens["input_ids"][places, :longest], tokens["attention_mask"][places, :longest]
 
 
 def retrieval_metrics(scores, video_of_caption):
@@ -442,17 +433,21 @@ def recalls(ranks):
 
 
 def evaluate_retrieval(run, model, examples, clip_counts):
+    """As `evaluate`; with --rerank K a row "n best K" for each K, side by side: the clips are read and encoded once."""
     by_clips, predictions, errors = {}, [], []
+    videos = list({example.video: example for example in examples}.values())  # one example of each video
+    places = {example.video: i for i, example in enumerate(videos)}
+    columns = [places[example.video] for example in examples]
     for n in clip_counts:
-        scores, videos, errors = score_pairs(run, model, examples, n)
-        places = {video: i for i, video in enumerate(videos)}
-        columns = [places[example.video] for example in examples]
-        by_clips[str(n)] = retrieval_metrics(scores, columns)
+        grids, errors = encode_videos(run, model, videos, n)
+        for rerank in (n > 1 and run.settings.get("rerank")) or [None]:
+            scores = score_pairs(run, model, [example.text for example in examples], grids, rerank)
+            by_clips[f"{n} best {rerank}" if rerank else str(n)] = retrieval_metrics(scores, columns)
         ranks = mean_rank(scores.gather(1, torch.tensor(columns)[:, None]), scores).tolist()
         best = scores.topk(min(5, len(videos))).indices.tolist()
         predictions = [
-            {"id": e.id, "video": e.video, "text": e.text, "rank": rank, "prediction": [videos[i] for i in top],
-             "clips": n}
+            {"id": e.id, "video": e.video, "text": e.text, "rank": rank,
+             "prediction": [videos[i].video for i in top], "clips": n}
             for e, rank, top in zip(examples, ranks, best, strict=True)
         ]  # fmt: skip
     return by_clips, predictions, errors
@@ -475,11 +470,11 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
           f"G = {run.settings['agg']}{', blind' if args.blind else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
         by_clips = {f"{n} {way}": row for n, both in by_clips.items() for way, row in both.items()}
-    names = list(next(iter(by_clips.values())))
-    print(f"{'N_test':<18}" + "".join(f"{name:>{max(len(name), 8) + 2}}" for name in names))
+    names, wide = list(next(iter(by_clips.values()))), max(18, *(len(n) + 2 for n in by_clips))
+    print(f"{'N_test':<{wide}}" + "".join(f"{name:>{max(len(name), 8) + 2}}" for name in names))
     for n, row in by_clips.items():
-        print(f"{n:<18}" + "".join(f"{row[name]:{max(len(name), 8) + 2}.2f}" for name in names))
-    print(f"{'chance':<18}{chance:{max(len(names[0]), 8) + 2}.2f}")
+        print(f"{n:<{wide}}" + "".join(f"{row[name]:{max(len(name), 8) + 2}.2f}" for name in names))
+    print(f"{'chance':<{wide}}{chance:{max(len(names[0]), 8) + 2}.2f}")
     clipbert.list_unreadable(errors, "counted as wrong")
 
 
@@ -490,53 +485,38 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
 def run_training(args):
     state = load_resumable(args) if args.resume else None
     clipbert.seed_everything(args.seed)
-    run, model, vocabulary, examples, test = prepare(args, state)
+    with clipbert.first_one_first():
+        run, model, vocabulary, examples, test = prepare(args, state)
     s = run.settings
-    per_step = s["batch_size"] * s["grad_accum"]
+    per_step = s["batch_size"] * s["grad_accum"] * clipbert.PROCESSES
     total_steps = s["max_steps"] or s["epochs"] * -(-len(examples) // per_step)
-    run.device.place(model)
-    optimizer = clipbert.build_optimizer(model, s["weight_decay"])
-    scaler = torch.amp.GradScaler(run.device.name, enabled=run.device.dtype == torch.float16)
-    if state:
-        clipbert.restore_training(state, optimizer, scaler)
-        print(f"resuming from {args.out / 'last.pt'} at step {state['step']} of {total_steps}")
-    write_config(args, run, model, total_steps)
+    training = clipbert.Training(
+        args, run, model, total_steps, state, task=args.task, data=str(run.folder), vocabulary=vocabulary,
+        answers=run.answers, num_outputs=model.num_outputs,
+    )  # fmt: skip
     print(f"{run.task.title}: {len(examples):,} training and {len(test):,} test examples from {run.folder}")
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.1f}M parameters, {total_steps:,} steps of {per_step} examples on {run.device.name}: "
-          + ", ".join(f"{k} {v}" for k, v in s.items() if v is not None))  # fmt: skip
-
-    def checkpoint(name, step, training=True):
-        contents = {
-            "task": args.task, "step": step, "model": model.state_dict(), "num_outputs": model.num_outputs,
-            "config": clipbert.config_dict(model.cfg), "settings": s, "vocabulary": vocabulary, "answers": run.answers,
-            "seed": args.seed, "blind": args.blind,
-        }  # fmt: skip
-        if training:
-            contents |= clipbert.training_state(optimizer, scaler)
-        clipbert.save_checkpoint(args.out / name, contents)
-
-    began = time.time()
-    validate = validation(args, run, model, checkpoint) if run.task.validation and args.data else None
-    start = state["step"] if state else 0
-    unreadable = train(run, model, optimizer, scaler, examples, args, checkpoint, start, total_steps, validate)
-    clipbert.list_unreadable(unreadable.elements(), "replaced by other examples in training")
+    print(training.summary(per_step, "examples"))
+    validate = validation(args, run, model) if run.task.validation and args.data else None
+    with training:
+        train(run, model, training, examples, validate)
+    training.list_unreadable()
     if validate:
         model.load_state_dict(clipbert.load_checkpoint(args.out / "best.pt")["model"])
     else:  # without a validation split: choosing a step by the test set would be cheating, so the last is the best
-        checkpoint("best.pt", total_steps, training=False)
+        training.save("best.pt", total_steps)
     by_clips, predictions, errors = evaluate(run, model, test, s["test_clips"])
-    report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), time.time() - began)
+    seconds = time.time() - training.began
+    report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), seconds)
     print_next_steps(args)
 
 
 def load_resumable(args):
-    """last.pt of the output folder; the seed is that of the stopped run."""
-    path = args.out / "last.pt"
-    state = clipbert.load_checkpoint(path)
-    if state["task"] != args.task or "optimizer" not in state:
-        raise ValueError(f"{path}: a checkpoint of {state['task']}, which can't go on as {args.task}")
+    """The newest whole checkpoint of the output folder; the seed is that of the stopped run."""
+    state, path = clipbert.load_newest(args.out)
+    if state.get("task") != args.task:
+        raise ValueError(f"{path}: a checkpoint of {state.get('task')}, which can't go on as {args.task}")
     args.seed, args.blind = state["seed"], state["blind"]
+    print(f"resuming from {path}, step {state['step']}")
     return state
 
 
@@ -546,7 +526,7 @@ def prepare(args, state):
     folder, examples = load_examples(args, "train")
     _, test = load_examples(args, "test")
     if state:
-        model, _ = load_run(args.out / "last.pt", args.task)
+        model = model_from(state, args.out, args.task)
         vocabulary, answers = state["vocabulary"], state["answers"]
     else:
         answers = answers_for(task, folder, examples)
@@ -574,40 +554,25 @@ def only_known_answers(examples, answers, what):
     return known
 
 
-def validation(args, run, model, checkpoint):
-    """-> a function of the step that evaluates on the validation split, one clip a video, and keeps the best.pt."""
+def validation(args, run, model):
+    """-> a function that evaluates on the validation split, one clip a video; None without such a split."""
     try:
         _, examples = load_examples(args, "val")
     except data.NoAnnotations as error:
         print(f"{error}: without a validation split the last checkpoint counts as the best")
         return None
-    best = -1.0
 
-    def validate(step):
-        nonlocal best
+    def validate():
         metrics = evaluate(run, model, examples, [1])[0]["1"]
-        score = metrics["text_to_video"]["r1"] if "text_to_video" in metrics else metrics["accuracy"]
-        if score > best:
-            best = score
-            checkpoint("best.pt", step, training=False)
-        return {"validation": score}
+        return metrics["text_to_video"]["r1"] if "text_to_video" in metrics else metrics["accuracy"]
 
     return validate
 
 
-def write_config(args, run, model, total_steps):
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = {
-        "task": args.task, "data": str(run.folder), "seed": args.seed, "init": str(args.init or ""),
-        "blind": args.blind, "device": run.device.name, "precision": str(run.device.dtype).split(".")[1],
-        "total_steps": total_steps, "settings": run.settings, "model": clipbert.config_dict(model.cfg),
-    }  # fmt: skip
-    clipbert.write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
-
-
 def load_for_use(args):
     """A fine-tuned checkpoint, ready to answer: (run, model)."""
-    model, state = load_run(args.eval, args.task)
+    state = clipbert.load_checkpoint(args.eval)
+    model = model_from(state, args.eval, args.task)
     settings = settings_for(args, None, state["settings"])
     task, device = task_row(args, state), clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
@@ -621,7 +586,6 @@ def run_evaluation(args):
     _, test = load_examples(args, args.split)
     guessable = run.task.kind in ("answer", "soft", "count")  # chance is then a matter of the training answers
     train_examples = run.task.read(run.folder, split="train") if guessable else []
-    args.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     by_clips, predictions, errors = evaluate(run, model, test, run.settings["test_clips"])
     chance = chance_level(run.task, train_examples, test)

@@ -1,5 +1,5 @@
 """Tests of clipbert.py. One component at a time: `pytest tests/test_clipbert.py -k aggregate`, or one of: transformer,
-official, loss, schedule, optimizer, init, overfit, invariance, pixels, shared, frozen, checkpoint, pretrained.
+official, loss, schedule, optimizer, init, overfit, invariance, pixels, shared, frozen, waste, checkpoint, pretrained.
 
 `golden_clipbert.json` and `golden_tensors.safetensors.gz` hold numbers recorded from the reference implementation
 (jayleicn/ClipBERT a118b02 on detectron2 and transformers 2.11.0; CPU, float32): the same weights and inputs must give
@@ -14,12 +14,14 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load, load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 from transformers import BertModel
 
@@ -597,6 +599,142 @@ def test_frozen_parts_do_not_move():
             assert not torch.equal(value, before[name]), name
 
 
+def test_frozen_norms_folded_into_their_convolutions_compute_what_torchvision_does():
+    """With statistics that do something, values and gradients."""
+    for block in (clipbert.Bottleneck(64, 16, norm_layer=FrozenBatchNorm2d), clipbert.BasicBlock(64, 64, 1)):
+        for module in block.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                for buffer in (module.weight, module.bias, module.running_mean, module.running_var):
+                    buffer.copy_(torch.rand_like(buffer) + 0.1)
+        block.eval()
+        x = torch.randn(2, 64, 8, 8)
+        theirs, ours = block(x), clipbert.residual_block(x, block)
+        torch.testing.assert_close(ours, theirs)
+        weights = [p for name, p in block.named_parameters() if "conv" in name]
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A training step without waste
+
+
+def kept_for_backward(model, frames):
+    """The activations of the CNN that autograd keeps under bf16."""
+    kept = {}
+
+    def pack(tensor):
+        if tensor.ndim == 4 and tensor.shape[0] == frames.shape[0] * frames.shape[1]:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model.encode_frames(frames).sum().backward()
+    return list(kept.values())
+
+
+def test_waste_nothing_is_kept_of_frozen_stages_and_the_rest_in_half_precision():
+    model, frames = tiny_model(cfg=R50), batch(videos=3, frames=1)[0]
+    kept = kept_for_backward(model, frames)
+    assert kept and {tensor.dtype for tensor in kept} <= {torch.bfloat16, torch.int64}  # int64: of the max-pool
+    assert max(tensor.shape[-1] for tensor in kept) == 64 // 4  # res2's output, res3's input; the stem's are larger
+    channels = {tensor.shape[1] for tensor in kept if tensor.shape[-1] == 64 // 4}
+    assert channels == {256, 128}  # in res2 there are activations of 64 channels: not here
+
+
+def test_waste_chunks_give_the_same_gradients_and_keep_only_the_frames():
+    model, frames = tiny_model(), batch(videos=5, frames=1)[0]
+    gradients, calls, features = [], [], model.cnn.features
+    model.cnn.features = lambda part: calls.append(len(part)) or features(part)
+    for chunk in (None, 2):
+        model.cnn.chunk = chunk
+        model.zero_grad()
+        model.encode_frames(frames).square().mean().backward()
+        gradients.append([p.grad for p in model.cnn.parameters()])
+    assert calls[:4] == [5, 2, 2, 1] and sorted(calls[4:]) == [1, 2, 2]  # forward; and again in the backward pass
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        model.encode_frames(frames)
+    assert calls[7:] == [2, 2, 1]
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations whose result, or whose shape, the CPU can only know by waiting for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero", "repeat_interleave")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            torch.is_tensor(i) and i.dtype in (torch.bool, torch.uint8)
+            for arg in args if isinstance(arg, list | tuple) for i in arg
+        )  # fmt: skip
+        if name.startswith(self.WAITS) or by_mask:
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_waste_the_detector_sees_what_makes_a_gpu_wait():
+    x = torch.arange(4.0)
+    for job in (lambda: x.sum().item(), lambda: float(x[0]), lambda: x[x > 1], lambda: (x > 1).nonzero(),
+                lambda: bool(x.sum() > 3), lambda: x.repeat_interleave(torch.tensor([1, 2, 0, 1]))):  # fmt: skip
+        with Reads() as reads:
+            job()
+        assert reads.seen
+    with Reads() as reads:
+        x[torch.tensor([1, 2])] + x.repeat_interleave(2)[:2]
+    assert not reads.seen
+
+
+TARGETS = {"choice": torch.tensor([1, 0]), "answer": torch.tensor([3, 1]), "count": torch.tensor([2, 4]),
+           "match": torch.tensor([1, 0, 1, 0]), "rank": torch.tensor([1, 0, 1, 0]), "soft": torch.ones(2, 6)}
+
+
+@pytest.mark.parametrize("kind", [*TARGETS, "pretraining"])
+def test_waste_a_training_step_never_waits_for_the_device(kind):
+    """Forward, loss, backward, clipping, update: not one value is read back."""
+    cfg = replace(TINY, dropout=0.1)
+    frames, ids, mask = batch(videos=2, texts=2 if kind in ("choice", "match", "rank", "pretraining") else 1)
+    outputs = {"choice": 1, "answer": 7, "soft": 7, "count": 1, "match": 2, "rank": 1}
+    model = clipbert.ClipBert(cfg, outputs[kind]) if kind in outputs else clipbert.ClipBertForPreTraining(cfg)
+    optimizer = clipbert.build_optimizer(model)
+    labels = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
+    with Reads() as reads:
+        if kind == "pretraining":
+            mlm, itm = model(frames, ids, mask, keep=5)
+            loss = clipbert.mlm_loss(mlm, labels) + clipbert.itm_loss(itm, torch.tensor([1, 0, 1, 0]))
+        else:
+            p = clipbert.aggregate_clips(clipbert.clip_logits(model, frames[:, None], ids, mask), "lse")
+            loss = clipbert.video_loss(p, TARGETS[kind], kind)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    assert reads.seen == []
+
+
+def test_waste_of_memory_ends_in_flags_for_the_same_update(capsys):
+    settings = {"batch_size": 16, "grad_accum": 2, "frames": 2, "train_clips": 8, "size": 448}
+
+    def job(args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit) as stop:
+        clipbert.main(job, SimpleNamespace(settings=settings, chunk=None, debug=False))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    flags = ("--batch_size 8 --grad_accum 4", "--chunk 16", "--size 320")
+    assert [error.index(flag) for flag in flags] == sorted(error.index(flag) for flag in flags)
+    others = ((15, 1, 8, ("--batch_size 5 --grad_accum 3", "--chunk 4")), (1, 4, None, ("--chunk 8",)))
+    for batch_size, accum, chunk, expected in others:
+        text = clipbert.less_memory(settings | {"batch_size": batch_size, "grad_accum": accum}, chunk)
+        assert all(flag in text for flag in expected) and ("--batch_size" in text) == (batch_size > 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints and pretrained weights
 
@@ -707,7 +845,7 @@ def test_pretrained_local_files_fill_every_tensor_and_give_the_same_outputs(tmp_
     resnet.avgpool = resnet.fc = torch.nn.Identity()
     frames = torch.randint(0, 256, (1, 1, 3, 64, 64), dtype=torch.uint8)
     seen = []
-    model.cnn.resnet.layer4.register_forward_hook(lambda module, args, out: seen.append(out))
+    model.cnn.grid_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.encode_frames(frames)
     expected = resnet(model.cnn.normalize(frames[0])).view_as(seen[0])
     assert (seen[0] - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -112,11 +112,20 @@ def retrieval_run(toy, **settings):
     return run, model
 
 
+def scored(run, model, n_clips, rerank=None):
+    """Scores of all test captions against all test videos, the videos' names, what could not be read."""
+    examples = data.read_msrvtt_retrieval(run.folder, "test")
+    videos = list({example.video: example for example in examples}.values())
+    grids, errors = finetune.encode_videos(run, model, videos, n_clips)
+    texts = [example.text for example in examples]
+    return finetune.score_pairs(run, model, texts, grids, rerank), [example.video for example in videos], errors
+
+
 def test_evaluation_of_pairs_equals_scoring_each_pair_alone_and_runs_the_cnn_once_a_video(toy):
     run, model = retrieval_run(toy)
     examples, calls = data.read_msrvtt_retrieval(toy, "test"), []
     model.cnn.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
-    scores, videos, errors = finetune.score_pairs(run, model, examples, n_clips=3)
+    scores, videos, errors = scored(run, model, n_clips=3)
     assert calls == [3] * len(videos) and not errors
     for i, j in ((0, 0), (1, 4), (5, 2)):
         frames = data.read_clips(data.find_media(toy, videos[j]), 3, 2, 2.0, 64, False)
@@ -124,7 +133,7 @@ def test_evaluation_of_pairs_equals_scoring_each_pair_alone_and_runs_the_cnn_onc
         with torch.no_grad():
             logits = clipbert.clip_logits(model, frames[None], tokens["input_ids"], tokens["attention_mask"])
         score = clipbert.match_score(clipbert.aggregate_clips(logits, "lse"))
-        torch.testing.assert_close(scores[i, j], score[0], rtol=0, atol=1e-5)
+        assert scores[i, j].item() == pytest.approx(score.item(), abs=1e-5)
 
 
 def test_evaluation_of_a_video_that_cannot_be_read_never_retrieves_it(toy, tmp_path):
@@ -133,17 +142,53 @@ def test_evaluation_of_a_video_that_cannot_be_read_never_retrieves_it(toy, tmp_p
     shutil.copytree(toy, tmp_path / "toy")
     (tmp_path / "toy" / "videos" / "video2.gif").write_bytes(b"")
     run, model = retrieval_run(tmp_path / "toy")
-    scores, videos, errors = finetune.score_pairs(run, model, data.read_msrvtt_retrieval(run.folder, "test"), 1)
+    scores, videos, errors = scored(run, model, 1)
     assert len(errors) == 1 and "video2.gif" in errors[0]
     assert (scores[:, videos.index("video2")] == 0).all() and (scores[:, 0] > 0).all()
+    scores, *_ = scored(run, model, 2, rerank=5)  # five of six videos: not even there
+    assert (scores.argmin(1) == videos.index("video2")).all()
+
+
+def test_evaluation_in_two_stages_scores_the_best_in_full_and_ranks_all_others_below(toy):
+    """For each caption K pairs hold their exhaustive score; the others, in the order of one clip, a negative one."""
+    run, model = retrieval_run(toy, fps=1.0)
+    full, two, everything = (scored(run, model, 4, rerank)[0] for rerank in (None, 2, 6))
+    one = scored(run, model, 1)[0]  # the middle clip, as clip 2 of 4 uniform ones
+    assert torch.equal(full, everything)
+    chosen = two >= 0
+    assert (chosen.sum(1) == 2).all() and not chosen.all(0).all()
+    torch.testing.assert_close(two[chosen], full[chosen], rtol=0, atol=1e-6)
+    torch.testing.assert_close(two[~chosen], one[~chosen] - 1, rtol=0, atol=1e-6)
+    assert torch.equal(chosen, torch.zeros_like(chosen).scatter(1, one.topk(2).indices, True))
+
+
+def test_evaluation_reports_each_k_beside_the_exhaustive_scores(toy):
+    run, model = retrieval_run(toy, rerank=[2, 6])
+    by_clips, predictions, _ = finetune.evaluate(run, model, data.read_msrvtt_retrieval(toy, "test"), [1, 4])
+    assert list(by_clips) == ["1", "4 best 2", "4 best 6"] and len(predictions) == 6
+    run.settings["rerank"] = None
+    exhaustive, *_ = finetune.evaluate(run, model, data.read_msrvtt_retrieval(toy, "test"), [4])
+    assert exhaustive["4"] == by_clips["4 best 6"]
+
+
+def test_evaluation_keeps_grids_in_the_precision_of_the_computation(toy):
+    run, model = retrieval_run(toy)
+    videos = data.read_msrvtt_retrieval(toy, "test")[:2]
+    exact, _ = finetune.encode_videos(run, model, videos, 2)
+    run = run._replace(device=clipbert.Device("cpu", torch.bfloat16, 0))
+    half, _ = finetune.encode_videos(run, model, videos, 2)
+    assert exact[0].dtype == torch.float32 and half[0].dtype == torch.bfloat16 and half[0].shape == (2, 4, 4, 96)
+    torch.testing.assert_close(half[1].float(), exact[1], rtol=0.05, atol=0.05 * exact[1].max())
 
 
 def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy):
     run, _ = retrieval_run(toy)
     texts = ["the star", "the star does jump before spin", "star", "the star does jump"] * 3
-    batches = finetune.caption_batches(run.tokenizer, texts, 20, size=4)
-    assert sorted(row for rows, _, _ in batches for row in rows) == list(range(12))
-    assert all(mask.sum(1).min() >= mask.shape[1] - 4 for _, _, mask in batches)
+    tokens = run.tokenizer(texts, padding=True, return_tensors="pt")
+    batches = list(finetune.caption_batches(tokens, torch.arange(1, 12), 4))
+    assert sorted(row.item() for rows, _, _ in batches for row in rows) == list(range(1, 12))
+    assert all(torch.equal(tokens["input_ids"][rows, : ids.shape[1]], ids) for rows, ids, _ in batches)
+    assert all(mask.sum(1).max() == mask.shape[1] <= mask.sum(1).min() + 4 for _, _, mask in batches)
 
 
 # ---------------------------------------------------------------- training pairs
