@@ -778,7 +778,8 @@ def _probe_video(path: str) -> Media:
     reader = "ffmpeg-seek" if container in SEEKABLE and duration > 0 else "ffmpeg"
     if fps % 1 and round(math.ceil(fps) * 1000 / 1001, 2) == fps:
         fps = math.ceil(fps) * 1000 / 1001  # NTSC: "29.97" is 30000/1001, which matters after some minutes
-    if container not in TIMED or duration == 0 or not 0 < fps <= 1000:
+    absurd = duration * fps > os.path.getsize(path)  # a damaged header: more frames than bytes
+    if container not in TIMED or duration == 0 or not 0 < fps <= 1000 or absurd:
         fps, duration = _count_packets(path, fps)
     num_frames = max(round((duration - start) * fps), 1)
     return Media(num_frames, fps, width, height, start, reader)
