@@ -16,12 +16,18 @@ Read this file beside section 3 of the paper, top to bottom:
 B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K scores.
 """
 
+import argparse
+import errno
 import json
+import math
 import os
 import random
+import signal
 import sys
+import time
 import warnings
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +39,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
+from tqdm import tqdm
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertPreTrainingHeads
 
@@ -558,29 +565,67 @@ def load_pretrained(model, resnet=None, bert=None):
     return copy_weights(model, cnn | {f"bert.{k}": v for k, v in language.items()})
 
 
-def save_checkpoint(path, state):
-    """Write a checkpoint whole or not at all: to a temporary file, to the disk, then renamed over the old one."""
+@contextmanager
+def whole_file(path, previous=None):
+    """A file, open for writing, that takes the place of `path` when it is complete: flushed, then renamed.
+
+    previous: where the file that it replaces is kept. Whenever the process dies, one of the two is there and whole.
+    An OSError names the file and leaves the old one in place.
+    """
     temporary = f"{path}.tmp"
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:  # a full disk, Ctrl-C: the old checkpoint stays, the half-written one goes
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with suppress(OSError):  # the disk may be gone altogether
+            os.unlink(temporary)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what the disk said
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"{path}: not written ({cause.strerror}): make room or choose another --out; what was saved "
+                      "before is still there, and --resume goes on from it") from error  # fmt: skip
+
+
+def save_checkpoint(path, state, previous=None):
+    with whole_file(path, previous) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path):
     """Read tensors and plain values only (weights_only): a stranger's file can't run code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
         what = f"not a whole checkpoint of tensors and plain values ({type(error).__name__})"
         raise ValueError(f"{path}: {what}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")
+    return state
+
+
+def load_newest(folder):
+    """What a run in this folder can go on from: the newest checkpoint that is whole, and its path."""
+    problems = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if "optimizer" not in state:
+            raise ValueError(f"{path}: holds no optimizer, so it can't go on; start from it with --init")
+        for problem in problems:
+            print(f"note: {problem}; taking the one before it")
+        return state, path
+    raise ValueError(f"{problems[0]}: nothing to go on from; start anew without --resume")
 
 
 def config_from(state):
@@ -594,7 +639,47 @@ def config_dict(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the two training loops share: the device, the log, random states, errors in one line
+# What the two scripts share: flags, the device, several processes, the log, one training run, errors in one line
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def add_flags(parser):
+    """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings."""
+    add = parser.add_argument
+    # which model, and what it starts from
+    add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
+    add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
+    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's ResNet-50 weights (default: the hub's)")
+    add("--bert", type=Path, metavar="DIR", help="base: a bert-base-uncased folder (default: the hub's)")
+    add("--scratch", action="store_true", help="base: start from random weights")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
+    # hyper-parameters; those in force are printed at the start
+    for name in ("size", "frames", "text_length", "batch_size", "grad_accum", "epochs"):
+        add(f"--{name}", type=positive)
+    for name in ("fps", "lr", "weight_decay", "clip_grad"):
+        add(f"--{name}", type=float)
+    add("--max_steps", type=positive, help="stop the schedule after so many updates, whatever --epochs says")
+    add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
+    add("--limit", type=positive, help="use only the first so many examples or images of each split")
+    add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
+    add("--workers", type=int, help="processes that read videos (default: 0 on a CPU, else one a core, at most 8)")
+    add("--save_every", type=positive, default=500, help="steps between checkpoints")
+    add("--seed", type=int, default=0)
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def override(settings, args):
+    """The settings with the command line's values."""
+    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    if "epochs" in given:
+        settings = settings | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
+    return settings | given
 
 
 def seed_everything(seed):
@@ -624,6 +709,12 @@ class Device(NamedTuple):
         """Tensors to the device; frames stay uint8 until they are there, a quarter of the bytes."""
         return {k: v.to(self.name, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
+    def scaler(self):
+        """fp16: loss scaling. Otherwise a constant 1, for the other thing that a GradScaler does: an update whose
+        gradients are not finite is skipped on the device, so the weights survive until the loss is next looked at."""
+        constant = {} if self.dtype == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        return torch.amp.GradScaler(self.name, **constant)
+
 
 def choose_device(args):
     gpu = torch.cuda.is_available()
@@ -636,51 +727,165 @@ def choose_device(args):
     return Device("cuda" if gpu else "cpu", dtype, workers)
 
 
-def training_state(optimizer, scaler):
-    """What a checkpoint needs, besides the model and the step, for a resumed run to repeat the uninterrupted one."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have their own seeds
-    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random_states}
-
-
-def restore_training(state, optimizer, scaler):
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"]["torch"])
-    if torch.cuda.is_available() and state["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
-
-
 class Log:
-    """log.jsonl: a line a step. Losses stay on the device until `flush`, so that logging never makes the GPU wait."""
+    """log.jsonl: a line a step or evaluation."""
 
     def __init__(self, path, start):
-        kept = []
-        if start and path.exists():  # resumed: drop the lines of steps that will be done again
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may leave a half
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.path, self.waiting = path, []
+        """start: the step to go on from. The lines of later steps, which will be done again, are dropped."""
+        lines = path.read_text().splitlines() if start and path.exists() else []
+        kept = [line for line in lines if logged_step(line) <= start]
+        write_text(path, "".join(line + "\n" for line in kept))
+        self.path = path
 
-    def step(self, **values):
-        self.waiting.append(values)
+    def write(self, *rows):
+        """Whole lines in one system call: a kill comes before or after it."""
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(lines) < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
+
+
+def logged_step(line):
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # half a line, as a power cut may leave it
+        return math.inf
+
+
+class Interrupted(KeyboardInterrupt):
+    """(signal number, a message that says how to go on)"""
+
+
+class Training:
+    """What surrounds both scripts' loops: AdamW, the log, checkpoints, and how a run stops and goes on.
+
+    with Training(...) as training: inside, Ctrl-C and SIGTERM wait for the end of the step.
+    """
+
+    def __init__(self, args, run, model, total_steps, stopped, **contents):
+        """stopped: the checkpoint to go on from, or None. contents: what checkpoints hold of the script's own."""
+        self.model, self.run, self.total_steps = model, run, total_steps
+        self.out, self.save_every = args.out, args.save_every
+        self.contents = contents | {"seed": run.seed, "blind": run.blind, "settings": run.settings,
+                                    "config": config_dict(model.cfg)}  # fmt: skip
+        config = {name: value for name, value in self.contents.items() if name not in ("vocabulary", "answers")} | {
+            "init": str(args.init or ""), "device": run.device.name, "precision": str(run.device.dtype).split(".")[1],
+            "total_steps": total_steps,
+        }  # fmt: skip
+        write_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+        run.device.place(model)
+        self.optimizer = build_optimizer(model, run.settings["weight_decay"])
+        self.scaler = run.device.scaler()
+        self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
+        if stopped:
+            self.restore(stopped)
+        else:
+            (self.out / "previous.pt").unlink(missing_ok=True)  # another run's: nothing for this one to go on from
+        self.log, self.waiting, self.unreadable = Log(self.out / "log.jsonl", self.start), [], Counter()
+        self.signal, self.began = None, time.time()
+
+    def restore(self, state):
+        self.start, self.best = state["step"], state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"]["torch"])
+        if torch.cuda.is_available() and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"])
+
+    def summary(self, per_step, unit):
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        settings = ", ".join(f"{name} {value}" for name, value in self.run.settings.items() if value is not None)
+        return (f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on "
+                f"{self.run.device.name}: {settings}")  # fmt: skip
+
+    def steps(self):
+        """start + 1, ..., total_steps, with a progress bar."""
+        self.progress = tqdm(
+            range(self.start + 1, self.total_steps + 1), initial=self.start, total=self.total_steps, unit="step",
+            disable=None,
+        )  # fmt: skip
+        return self.progress
+
+    def update(self, step, **losses):
+        """An update by the gradients so far, with the step's learning rate; and a line of the log, some time later."""
+        lr = learning_rate(step, self.total_steps, self.run.settings["lr"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.settings["clip_grad"])
+        self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.waiting.append({"step": step, **losses, "lr": lr, "grad_norm": norm})
+        if step % 10 == 0 or step == self.total_steps:  # reading a number off the GPU waits for it: not at every step
+            self.flush()
 
     def flush(self):
-        """Write what is waiting; -> the mean loss of those steps. Raises ValueError if a loss is not a number."""
-        losses = [float(values["loss"]) for values in self.waiting]
-        for values in self.waiting:
-            self.write(**{k: float(v) if torch.is_tensor(v) else v for k, v in values.items()})
-        first, self.waiting = (self.waiting or [None])[0], []
-        if not np.isfinite(losses).all():
-            raise ValueError(
-                f"the loss is {losses[-1]} near step {first['step']}: try a lower --lr, or --precision fp32 or bf16 "
-                f"(the steps before are in {self.path})"
-            )
-        return sum(losses) / max(len(losses), 1)
+        """Log the waiting steps. If one was not finite, the run ends here."""
+        rows = [{name: float(value) for name, value in row.items()} | {"step": row["step"]} for row in self.waiting]
+        self.waiting = []
+        self.log.write(*rows)
+        for row in rows:
+            overflow = self.run.device.dtype == torch.float16 and math.isfinite(row["loss"])  # the scaler sees to it
+            if not math.isfinite(row["loss"] + row["grad_norm"]) and not overflow:
+                self.stop_at_nonfinite(row)
+        if rows:
+            s, done = self.run.settings, rows[-1]["step"] - self.start
+            rate = done * s["batch_size"] * s["grad_accum"] / (time.time() - self.began)
+            loss = sum(row["loss"] for row in rows) / len(rows)
+            self.progress.set_postfix(loss=f"{loss:.3f}", lr=f"{rows[-1]['lr']:.1e}", examples_per_s=f"{rate:.0f}")
 
-    def write(self, **values):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+    def stop_at_nonfinite(self, row):
+        """Save what is needed to look into it: the step, its examples, and weights that are still finite."""
+        path = self.out / "nonfinite.pt"
+        self.save(path.name, row["step"], examples=self.examples_of(row["step"]))
+        raise ValueError(
+            f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step {row['step']}: try a lower --lr, or "
+            f"--precision fp32 or bf16. Its examples and the weights are in {path}; --resume goes on from before"
+        )
+
+    def save(self, name, step, previous=None, **more):
+        contents = self.contents | {"step": step, "model": self.model.state_dict(), **more}
+        save_checkpoint(self.out / name, contents, previous)
+
+    def save_best(self, step, score):
+        if score > self.best:
+            self.best = score
+            self.save("best.pt", step)
+
+    def due(self, step):
+        return step % self.save_every == 0 or step == self.total_steps
+
+    def end_step(self, step):
+        """A checkpoint if one is due, or if a signal came: then the run ends here."""
+        number = self.signal
+        if self.due(step) or number:
+            self.flush()
+            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+            random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips, masks have own seeds
+            self.save("last.pt", step, self.out / "previous.pt", best=self.best, optimizer=self.optimizer.state_dict(),
+                      scaler=self.scaler.state_dict(), random=random_states)  # fmt: skip
+        if number:
+            raise Interrupted(number, f"{signal.Signals(number).name} after step {step} of {self.total_steps}, "
+                                      "which is saved: the same command with --resume goes on from there")  # fmt: skip
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        if self.signal:  # a second time: at once
+            raise Interrupted(number, "stopped in the middle of a step: --resume goes on from the last checkpoint")
+        self.signal = number
 
 
 def list_unreadable(errors, what):
@@ -692,25 +897,36 @@ def list_unreadable(errors, what):
 
 
 def write_text(path, text):
-    """Whole or not at all, as checkpoints."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def main(job, args):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
     try:
         job(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
     except torch.OutOfMemoryError:
         print("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "
               "smaller --size", file=sys.stderr)  # fmt: skip
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        if args.debug or "DataLoader worker (pid" not in str(error) and type(error) is RuntimeError:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        plain = (signal.SIGINT, "interrupted: --resume goes on from the last checkpoint, if there is one")
+        number, message = stop.args or plain
+        print(f"\n{message}", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def one_line(error):
+    """Its message; of one that a worker raised, the last line, behind the traceback."""
+    text = str(error).strip()
+    if "DataLoader worker (pid" in text:
+        reason = " ".join(text.split(". ")[0].split())
+        return f"{reason}: killed, perhaps for memory (try fewer --workers); --resume goes on from the last checkpoint"
+    if text.startswith("Caught "):
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    return " ".join(text.split())

@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -1178,10 +1179,17 @@ class CaptionCollator(Collator):
         }
 
 
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM may reach every process at once; when to stop is for the main one to say."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def data_loader(dataset, batches, collate, workers, pin_memory=False):
     """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
     )  # fmt: skip
 

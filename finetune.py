@@ -16,14 +16,13 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import clipbert
 import data
@@ -105,34 +104,18 @@ def parse_arguments(arguments=None):
     add("--task", default="tgif_qa", choices=[*ALIASES, *TASKS], metavar="TASK", help=", ".join([*ALIASES, *TASKS]))
     add("--data", type=Path, help="the data set's folder (default: the toy data, written to toy_data/)")
     add("--out", type=Path, help="where to write (default: runs/TASK)")
-    # which model, and what it starts from
-    add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
-    add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
-    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's ResNet-50 weights (default: the hub's)")
-    add("--bert", type=Path, metavar="DIR", help="base: a bert-base-uncased folder (default: the hub's)")
-    add("--scratch", action="store_true", help="base: start from random weights")
     # other things to do than train
-    add("--resume", action="store_true", help="go on from last.pt in the output folder")
     add("--eval", type=Path, metavar="CKPT", help="only evaluate this checkpoint of ours")
     add("--predict", type=Path, metavar="VIDEO", help="with --eval: answer --question about one video")
     add("--question")
     add("--options", nargs="+", default=[], help="multiple choice: the options")
-    # hyper-parameters; the default is the task's row, printed at the start
-    for name in ("size", "frames", "train_clips", "text_length", "batch_size", "grad_accum", "epochs", "max_steps"):
-        add(f"--{name}", type=positive)
-    for name in ("fps", "lr", "weight_decay", "clip_grad"):
-        add(f"--{name}", type=float)
+    clipbert.add_flags(parser)
+    # hyper-parameters of the tasks; the default is the task's row, printed at the start
+    add("--train_clips", type=clipbert.positive, help="N_train")
     add("--agg", choices=["mean", "max", "lse"], help="G: how clips become a video")
-    add("--test_clips", type=positive, nargs="+", help="N_test: evaluate at each of these")
+    add("--test_clips", type=clipbert.positive, nargs="+", help="N_test: evaluate at each of these")
     add("--rank_loss", action="store_true", help="retrieval: a margin between captions, not cross entropy")
-    add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
-    add("--limit", type=positive, help="use only the first so many examples of each split")
     add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
-    add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
-    add("--workers", type=int, help="processes that decode videos (default: 0 on a CPU, else one a core, at most 8)")
-    add("--save_every", type=positive, default=500, help="steps between checkpoints")
-    add("--seed", type=int, default=0)
-    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     args.task = ALIASES.get(args.task, args.task)
     args.out = args.out or Path("runs") / args.task
@@ -141,23 +124,12 @@ def parse_arguments(arguments=None):
     return args
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def settings_for(args, backbone, stored=None):
     """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
     row = TASKS[args.task]._asdict()
     settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]} | {"max_steps": None}
     settings |= TINY | {"max_steps": row["tiny_steps"]} if backbone == "tiny" else {}
-    settings |= stored or {}
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    if "epochs" in given:
-        settings["max_steps"] = None  # asked for in epochs: tiny's number of steps does not apply
-    return settings | given
+    return clipbert.override(settings | (stored or {}), args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,9 +169,8 @@ def task_row(args, state):
     return task
 
 
-def load_run(path, task_name):
-    """A model and everything needed to use it, from one of our fine-tuning checkpoints."""
-    state = clipbert.load_checkpoint(path)
+def model_from(state, path, task_name):
+    """The model that one of our fine-tuning checkpoints holds."""
     if "num_outputs" not in state:
         raise ValueError(f"{path}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
     retrieval = TASKS[state["task"]].kind == TASKS[task_name].kind == "match"  # one retrieval model does for them all
@@ -207,7 +178,7 @@ def load_run(path, task_name):
         raise ValueError(f"{path}: a checkpoint of --task {state['task']}, not {task_name}")
     model = clipbert.ClipBert(clipbert.config_from(state), state["num_outputs"])
     model.load_state_dict(state["model"])
-    return model, state
+    return model
 
 
 class Run(NamedTuple):
@@ -237,26 +208,25 @@ class Run(NamedTuple):
 # Training
 
 
-def train(run, model, optimizer, scaler, examples, args, checkpoint, start, total_steps, validate):
+def train(run, model, training, examples, validate):
     """The training loop, the same for every task.
 
     A step is grad_accum batches, one update. Which examples and which random clips it sees depends on the seed and the
     step alone, so a resumed run repeats the uninterrupted one.
     """
     s, device = run.settings, run.device
-    batches = data.training_order(
-        len(examples), s["batch_size"], total_steps * s["grad_accum"], run.seed, start * s["grad_accum"]
-    )
-    loader = iter(run.loader(examples, s["train_clips"], True, batches))
+
+    def batches_after(step):
+        n = s["grad_accum"]
+        return data.training_order(len(examples), s["batch_size"], training.total_steps * n, run.seed, step * n)
+
+    training.examples_of = lambda step: [
+        examples[i].id for batch in islice(batches_after(step - 1), s["grad_accum"]) for _, i in batch
+    ]
+    loader = iter(run.loader(examples, s["train_clips"], True, batches_after(training.start)))
     steps_per_epoch = -(-len(examples) // (s["batch_size"] * s["grad_accum"]))
-    log = clipbert.Log(args.out / "log.jsonl", start)
-    unreadable, seen, began = Counter(), 0, time.time()
-    progress = tqdm(range(start + 1, total_steps + 1), initial=start, total=total_steps, unit="step", disable=None)
     model.train()
-    for step in progress:
-        lr = clipbert.learning_rate(step, total_steps, s["lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    for step in training.steps():
         loss = 0.0
         for _ in range(s["grad_accum"]):
             batch = device.move(next(loader))
@@ -265,29 +235,17 @@ def train(run, model, optimizer, scaler, examples, args, checkpoint, start, tota
                 p = clipbert.aggregate_clips(logits.float(), s["agg"])  # p = G(p_1, ..., p_N)
                 # The reference sums the gradients of accumulated batches; the mean makes two batches of 16 one of 32.
                 part = clipbert.video_loss(p, batch["target"], run.task.kind) / s["grad_accum"]
-            scaler.scale(part).backward()
+            training.scaler.scale(part).backward()
             loss = loss + part.detach()
-            seen += len(batch["target"])
-            unreadable.update(line for lines in batch["unreadable"] for line in lines)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip_grad"])
-        scaler.step(optimizer)  # skips the update if fp16 gradients overflowed
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        log.step(step=step, loss=loss, lr=lr, grad_norm=norm)
-        if step % 10 == 0 or step == total_steps:  # reading a number off the GPU waits for it: not at every step
-            loss = log.flush()
-            rate = seen / (time.time() - began)
-            progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", examples_per_s=f"{rate:.0f}")
-        if step % args.save_every == 0 or step == total_steps:
-            log.flush()
-            checkpoint("last.pt", step)
-        if validate and (step % steps_per_epoch == 0 or step == total_steps):
-            log.flush()
-            log.write(step=step, **validate(step))
+            training.unreadable.update(line for lines in batch["unreadable"] for line in lines)
+        training.update(step, loss=loss)
+        if validate and (step % steps_per_epoch == 0 or step == training.total_steps):
+            training.flush()
+            score = validate()
+            training.log.write({"step": step, "validation": score})
+            training.save_best(step, score)
             model.train()
-    return unreadable
+        training.end_step(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -489,49 +447,33 @@ def run_training(args):
     s = run.settings
     per_step = s["batch_size"] * s["grad_accum"]
     total_steps = s["max_steps"] or s["epochs"] * -(-len(examples) // per_step)
-    run.device.place(model)
-    optimizer = clipbert.build_optimizer(model, s["weight_decay"])
-    scaler = torch.amp.GradScaler(run.device.name, enabled=run.device.dtype == torch.float16)
-    if state:
-        clipbert.restore_training(state, optimizer, scaler)
-        print(f"resuming from {args.out / 'last.pt'} at step {state['step']} of {total_steps}")
-    write_config(args, run, model, total_steps)
+    training = clipbert.Training(
+        args, run, model, total_steps, state, task=args.task, data=str(run.folder), vocabulary=vocabulary,
+        answers=run.answers, num_outputs=model.num_outputs,
+    )  # fmt: skip
     print(f"{run.task.title}: {len(examples):,} training and {len(test):,} test examples from {run.folder}")
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.1f}M parameters, {total_steps:,} steps of {per_step} examples on {run.device.name}: "
-          + ", ".join(f"{k} {v}" for k, v in s.items() if v is not None))  # fmt: skip
-
-    def checkpoint(name, step, training=True):
-        contents = {
-            "task": args.task, "step": step, "model": model.state_dict(), "num_outputs": model.num_outputs,
-            "config": clipbert.config_dict(model.cfg), "settings": s, "vocabulary": vocabulary, "answers": run.answers,
-            "seed": args.seed, "blind": args.blind,
-        }  # fmt: skip
-        if training:
-            contents |= clipbert.training_state(optimizer, scaler)
-        clipbert.save_checkpoint(args.out / name, contents)
-
-    began = time.time()
-    validate = validation(args, run, model, checkpoint) if run.task.validation and args.data else None
-    start = state["step"] if state else 0
-    unreadable = train(run, model, optimizer, scaler, examples, args, checkpoint, start, total_steps, validate)
-    clipbert.list_unreadable(unreadable.elements(), "replaced by other examples in training")
+    print(training.summary(per_step, "examples"))
+    validate = validation(args, run, model) if run.task.validation and args.data else None
+    with training:
+        train(run, model, training, examples, validate)
+    clipbert.list_unreadable(training.unreadable, "replaced by other examples in training")
     if validate:
         model.load_state_dict(clipbert.load_checkpoint(args.out / "best.pt")["model"])
     else:  # without a validation split: choosing a step by the test set would be cheating, so the last is the best
-        checkpoint("best.pt", total_steps, training=False)
+        training.save("best.pt", total_steps)
     by_clips, predictions, errors = evaluate(run, model, test, s["test_clips"])
-    report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), time.time() - began)
+    seconds = time.time() - training.began
+    report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), seconds)
     print_next_steps(args)
 
 
 def load_resumable(args):
-    """last.pt of the output folder; the seed is that of the stopped run."""
-    path = args.out / "last.pt"
-    state = clipbert.load_checkpoint(path)
-    if state["task"] != args.task or "optimizer" not in state:
-        raise ValueError(f"{path}: a checkpoint of {state['task']}, which can't go on as {args.task}")
+    """The newest whole checkpoint of the output folder; the seed is that of the stopped run."""
+    state, path = clipbert.load_newest(args.out)
+    if state.get("task") != args.task:
+        raise ValueError(f"{path}: a checkpoint of {state.get('task')}, which can't go on as {args.task}")
     args.seed, args.blind = state["seed"], state["blind"]
+    print(f"resuming from {path}, step {state['step']}")
     return state
 
 
@@ -541,7 +483,7 @@ def prepare(args, state):
     folder, examples = load_examples(args, "train")
     _, test = load_examples(args, "test")
     if state:
-        model, _ = load_run(args.out / "last.pt", args.task)
+        model = model_from(state, args.out, args.task)
         vocabulary, answers = state["vocabulary"], state["answers"]
     else:
         answers = answers_for(task, folder, examples)
@@ -569,40 +511,25 @@ def only_known_answers(examples, answers, what):
     return known
 
 
-def validation(args, run, model, checkpoint):
-    """-> a function of the step that evaluates on the validation split, one clip a video, and keeps the best.pt."""
+def validation(args, run, model):
+    """-> a function that evaluates on the validation split, one clip a video; None without such a split."""
     try:
         _, examples = load_examples(args, "val")
     except data.NoAnnotations as error:
         print(f"{error}: without a validation split the last checkpoint counts as the best")
         return None
-    best = -1.0
 
-    def validate(step):
-        nonlocal best
+    def validate():
         metrics = evaluate(run, model, examples, [1])[0]["1"]
-        score = metrics["text_to_video"]["r1"] if "text_to_video" in metrics else metrics["accuracy"]
-        if score > best:
-            best = score
-            checkpoint("best.pt", step, training=False)
-        return {"validation": score}
+        return metrics["text_to_video"]["r1"] if "text_to_video" in metrics else metrics["accuracy"]
 
     return validate
 
 
-def write_config(args, run, model, total_steps):
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = {
-        "task": args.task, "data": str(run.folder), "seed": args.seed, "init": str(args.init or ""),
-        "blind": args.blind, "device": run.device.name, "precision": str(run.device.dtype).split(".")[1],
-        "total_steps": total_steps, "settings": run.settings, "model": clipbert.config_dict(model.cfg),
-    }  # fmt: skip
-    clipbert.write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
-
-
 def load_for_use(args):
     """A fine-tuned checkpoint, ready to answer: (run, model)."""
-    model, state = load_run(args.eval, args.task)
+    state = clipbert.load_checkpoint(args.eval)
+    model = model_from(state, args.eval, args.task)
     settings = settings_for(args, None, state["settings"])
     task, device = task_row(args, state), clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
@@ -616,7 +543,6 @@ def run_evaluation(args):
     _, test = load_examples(args, "test")
     guessable = run.task.kind in ("answer", "soft", "count")  # chance is then a matter of the training answers
     train_examples = run.task.read(run.folder, split="train") if guessable else []
-    args.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     by_clips, predictions, errors = evaluate(run, model, test, run.settings["test_clips"])
     chance = chance_level(run.task, train_examples, test)

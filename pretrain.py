@@ -20,11 +20,11 @@ import random
 import sys
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import clipbert
 import data
@@ -63,49 +63,22 @@ def parse_arguments(arguments=None):
     add("--data", type=Path, nargs="+", metavar="DIR", help="folders of captioned images (default: the toy photos)")
     add("--ratio", type=float, nargs="+", help="batches from each of several DIRs (default: by number of images)")
     add("--out", type=Path, default=Path("runs/pretrain"), help="where to write")
-    # which model, and what it starts from
-    add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
-    add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
-    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's ResNet-50 weights (default: the hub's)")
-    add("--bert", type=Path, metavar="DIR", help="base: a bert-base-uncased folder (default: the hub's)")
-    add("--scratch", action="store_true", help="base: start from random weights")
-    # other things to do than train
-    add("--resume", action="store_true", help="go on from last.pt in the output folder")
     add("--eval", type=Path, metavar="CKPT", help="only evaluate this checkpoint of pretraining")
-    # hyper-parameters; the default is the paper's, printed at the start
-    for name in ("size", "keep", "frames", "captions", "text_length", "batch_size", "grad_accum", "epochs"):
-        add(f"--{name}", type=positive)
-    for name in ("fps", "lr", "weight_decay", "clip_grad", "mask_rate"):
-        add(f"--{name}", type=float)
-    add("--max_steps", type=positive, help="stop the schedule after so many updates, whatever --epochs says")
+    clipbert.add_flags(parser)
+    # hyper-parameters of pretraining; the default is the paper's, printed at the start
+    add("--keep", type=clipbert.positive, help="random grid tokens that a training step keeps")
+    add("--captions", type=clipbert.positive, help="of an image at a time")
+    add("--mask_rate", type=float, help="the share of words that are masked")
     add("--mlm_over", choices=["masked", "all"], help="average the MLM loss over masked tokens, or all positions")
-    add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
-    add("--limit", type=positive, help="use only the first so many images of each split")
     add("--allow_missing", action="store_true", help="leave out captions whose image is missing")
-    add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
-    add("--workers", type=int, help="processes that read images (default: 0 on a CPU, else one a core, at most 8)")
-    add("--save_every", type=positive, default=500, help="steps between checkpoints, each evaluated")
-    add("--seed", type=int, default=0)
-    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     if args.ratio and (len(args.ratio) != len(args.data or [None]) or min(args.ratio) <= 0):
         parser.error("--ratio wants one positive number for each DIR of --data")
     return args
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def settings_for(args, tiny, stored=None):
-    settings = PAPER | (TINY if tiny else {}) | (stored or {})
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    if "epochs" in given:
-        settings["max_steps"] = None  # asked for in epochs: tiny's number of steps does not apply
-    return settings | given
+    return clipbert.override(PAPER | (TINY if tiny else {}) | (stored or {}), args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,14 +125,13 @@ def text_vocabulary(sources, args):
     return data.vocabulary_from_text(texts + ([] if args.data else data.toy_texts(data.toy_data())))
 
 
-def load_run(path):
-    """A model from one of our pretraining checkpoints, and the whole checkpoint."""
-    state = clipbert.load_checkpoint(path)
+def model_from(state, path):
+    """The model that one of our pretraining checkpoints holds."""
     if state.get("task") != "pretrain":
         raise ValueError(f"{path}: not a checkpoint of pretrain.py; start from it with --init")
     model = clipbert.ClipBertForPreTraining(clipbert.config_from(state))
     model.load_state_dict(state["model"])
-    return model, state
+    return model
 
 
 class Run(NamedTuple):
@@ -188,25 +160,24 @@ class Run(NamedTuple):
 # Training
 
 
-def train(run, model, optimizer, scaler, args, checkpoint, start, total_steps):
+def train(run, model, training, ratio):
     """The training loop, as in finetune.py: a step is grad_accum batches, one update.
 
     Which images, captions and masks it sees depends on the seed and the step alone; the grid tokens that are kept, and
     dropout, on torch's random state, which checkpoints hold: a resumed run repeats the uninterrupted one.
     """
     s, device, sizes = run.settings, run.device, [len(source.train) for source in run.sources]
-    batches = data.mixed_order(
-        sizes, args.ratio or sizes, s["batch_size"], total_steps * s["grad_accum"], run.seed, start * s["grad_accum"]
-    )
-    loader = iter(run.loader("train", run.seed, batches))
-    log = clipbert.Log(args.out / "log.jsonl", start)
-    unreadable, seen, began = Counter(), 0, time.time()
-    progress = tqdm(range(start + 1, total_steps + 1), initial=start, total=total_steps, unit="step", disable=None)
+
+    def batches_after(step):
+        n = s["grad_accum"]
+        return data.mixed_order(sizes, ratio or sizes, s["batch_size"], training.total_steps * n, run.seed, step * n)
+
+    training.examples_of = lambda step: [
+        run.sources[k].train[i].video for batch in islice(batches_after(step - 1), s["grad_accum"]) for k, _, i in batch
+    ]
+    loader = iter(run.loader("train", run.seed, batches_after(training.start)))
     model.train()
-    for step in progress:
-        lr = clipbert.learning_rate(step, total_steps, s["lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    for step in training.steps():
         losses = torch.zeros(2, device=device.name)
         for _ in range(s["grad_accum"]):
             batch = device.move(next(loader))
@@ -214,27 +185,17 @@ def train(run, model, optimizer, scaler, args, checkpoint, start, total_steps):
                 mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"], s["keep"])
             mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s["mlm_over"])
             itm = clipbert.itm_loss(itm, batch["itm_labels"])
-            scaler.scale((mlm + itm) / s["grad_accum"]).backward()
+            training.scaler.scale((mlm + itm) / s["grad_accum"]).backward()
             losses += torch.stack([mlm, itm]).detach() / s["grad_accum"]
-            seen += len(batch["frames"])
-            unreadable.update(line for lines in batch["unreadable"] for line in lines)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip_grad"])
-        scaler.step(optimizer)  # skips the update if fp16 gradients overflowed
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        log.step(step=step, loss=losses.sum(), mlm=losses[0], itm=losses[1], lr=lr, grad_norm=norm)
-        if step % 10 == 0 or step == total_steps:  # reading a number off the GPU waits for it: not at every step
-            loss = log.flush()
-            progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{seen / (time.time() - began):.0f}")
-        if step % args.save_every == 0 or step == total_steps:
-            log.flush()
+            training.unreadable.update(line for lines in batch["unreadable"] for line in lines)
+        training.update(step, loss=losses.sum(), mlm=losses[0], itm=losses[1])
+        if training.due(step):
+            training.flush()
             metrics, _ = evaluate(run, model)
-            log.write(step=step, **metrics)
-            checkpoint(step, metrics)
+            training.log.write({"step": step, **metrics})
+            training.save_best(step, -(metrics["mlm_loss"] + metrics["itm_loss"]))
             model.train()
-    return unreadable
+        training.end_step(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,13 +263,34 @@ def folders_for(args):
 
 
 def run_training(args):
-    device = clipbert.choose_device(args)
-    model, state = load_run(args.out / "last.pt") if args.resume else (None, None)
-    if state and "optimizer" not in state:
-        raise ValueError(f"{args.out / 'last.pt'}: holds no optimizer, so it can't go on; start from it with --init")
+    state, path = clipbert.load_newest(args.out) if args.resume else (None, None)
+    model = model_from(state, path) if state else None
     if state:
         args.seed, args.blind = state["seed"], state["blind"]  # those of the stopped run
+        print(f"resuming from {path}, step {state['step']}")
     clipbert.seed_everything(args.seed)
+    run, model, vocabulary = prepare(args, model, state)
+    s, images = run.settings, sum(len(source.train) for source in run.sources)
+    per_step = s["batch_size"] * s["grad_accum"]
+    total_steps = s["max_steps"] or s["epochs"] * -(-images // per_step)
+    training = clipbert.Training(
+        args, run, model, total_steps, state, task="pretrain", data=[str(source.folder) for source in run.sources],
+        vocabulary=vocabulary,
+    )  # fmt: skip
+    for source in run.sources:
+        print(f"{len(source.train):,} training and {len(source.val):,} validation images from {source.folder}")
+    print(training.summary(per_step, "images"))
+    with training:
+        train(run, model, training, args.ratio)
+    clipbert.list_unreadable(training.unreadable, "replaced by other examples in training")
+    report(run, args, *evaluate(run, model), time.time() - training.began)
+    if not args.data:
+        print(f"\nNext: python finetune.py --task tgif_qa --init {args.out / 'last.pt'}")
+
+
+def prepare(args, model, state):
+    """-> the Run, the model (a new one, if there is none to go on with) and its vocabulary."""
+    device = clipbert.choose_device(args)
     sources = [load_source(folder, args) for folder in folders_for(args)]
     if state:
         vocabulary = state["vocabulary"]
@@ -318,61 +300,15 @@ def run_training(args):
             lambda: text_vocabulary(sources, args), lambda: data.read_vocabulary(args.bert),
         )  # fmt: skip
     settings = settings_for(args, model.cfg.backbone == "tiny", state and state["settings"])
-    run = Run(sources, settings, device, data.build_tokenizer(vocabulary), args.seed, args.blind)
-    images, per_step = sum(len(source.train) for source in sources), settings["batch_size"] * settings["grad_accum"]
-    total_steps = settings["max_steps"] or settings["epochs"] * -(-images // per_step)
-
-    device.place(model)
-    optimizer = clipbert.build_optimizer(model, settings["weight_decay"])
-    scaler = torch.amp.GradScaler(device.name, enabled=device.dtype == torch.float16)
-    start, best = 0, float("inf")
-    if state:
-        start, best = state["step"], state["best"]
-        clipbert.restore_training(state, optimizer, scaler)
-        print(f"resuming from {args.out / 'last.pt'} at step {start} of {total_steps}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = {
-        "task": "pretrain", "data": [str(source.folder) for source in sources], "seed": args.seed,
-        "init": str(args.init or ""), "blind": args.blind, "device": device.name,
-        "precision": str(device.dtype).split(".")[1], "total_steps": total_steps, "settings": settings,
-        "model": clipbert.config_dict(model.cfg),
-    }  # fmt: skip
-    clipbert.write_text(args.out / "config.json", json.dumps(config, indent=2) + "\n")
-    for source in sources:
-        print(f"{len(source.train):,} training and {len(source.val):,} validation images from {source.folder}")
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.1f}M parameters, {total_steps:,} steps of {per_step} images on {device.name}: "
-          + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None))  # fmt: skip
-
-    def checkpoint(step, metrics):
-        nonlocal best
-        contents = {
-            "task": "pretrain", "step": step, "model": model.state_dict(), "config": clipbert.config_dict(model.cfg),
-            "settings": settings, "vocabulary": vocabulary, "seed": args.seed, "blind": args.blind,
-        }  # fmt: skip
-        loss = metrics["mlm_loss"] + metrics["itm_loss"]
-        if loss < best:
-            best = loss
-            clipbert.save_checkpoint(args.out / "best.pt", contents)
-        contents |= {"best": best, **clipbert.training_state(optimizer, scaler)}
-        clipbert.save_checkpoint(args.out / "last.pt", contents)
-
-    began = time.time()
-    unreadable = train(run, model, optimizer, scaler, args, checkpoint, start, total_steps)
-    clipbert.list_unreadable(unreadable.elements(), "replaced by other examples in training")
-    report(run, args, *evaluate(run, model), time.time() - began)
-    if not args.data:
-        print(f"\nNext: python finetune.py --task tgif_qa --init {args.out / 'last.pt'}")
+    return Run(sources, settings, device, data.build_tokenizer(vocabulary), args.seed, args.blind), model, vocabulary
 
 
 def run_evaluation(args):
-    model, state = load_run(args.eval)
-    device, settings = clipbert.choose_device(args), settings_for(args, None, state["settings"])
-    sources = [load_source(folder, args) for folder in folders_for(args)]
-    run = Run(sources, settings, device, data.build_tokenizer(state["vocabulary"]), args.seed, args.blind)
-    args.out.mkdir(parents=True, exist_ok=True)
+    state = clipbert.load_checkpoint(args.eval)
+    model = model_from(state, args.eval)
+    run, model, _ = prepare(args, model, state)
     began = time.time()
-    report(run, args, *evaluate(run, device.place(model)), time.time() - began)
+    report(run, args, *evaluate(run, run.device.place(model)), time.time() - began)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def test_resume_ends_with_the_weights_of_the_uninterrupted_run(stop_after, toy, 
     run(toy, tmp_path / "whole", *more)
     save, saved = clipbert.save_checkpoint, []
 
-    def save_and_stop(path, state):
-        save(path, state)
+    def save_and_stop(path, state, *previous):
+        save(path, state, *previous)
         saved.append(path)
         if len(saved) == stop_after:
             raise KeyboardInterrupt

@@ -216,8 +216,8 @@ def test_resume_equals_the_uninterrupted_run(toy, tmp_path, monkeypatch):
 
     original, saved = clipbert.save_checkpoint, []
 
-    def stop_after_step_3(path, state):
-        original(path, state)
+    def stop_after_step_3(path, state, *previous):
+        original(path, state, *previous)
         saved.append(path)
         if path.name == "last.pt" and state["step"] == 3:
             raise Stop
