@@ -16,7 +16,6 @@ Read this file beside section 3 of the paper, top to bottom:
 B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K scores.
 """
 
-import argparse
 import errno
 import json
 import math
@@ -71,6 +70,11 @@ class ClipBertConfig:
     dropout: float = 0.1  # embeddings, attention, sublayer outputs, pooled vector; none in the CNN or inside the MLP
     init_std: float = 0.02  # of Linear and Embedding weights
     layer_norm_eps: float = 1e-12
+
+    @property
+    def stride(self):
+        """Pixels from one grid cell to the next."""
+        return 4 * 2 ** len(BACKBONES[self.backbone][1])
 
     @classmethod
     def base(cls):
@@ -525,6 +529,8 @@ def start_model(build, args, text_vocabulary, bert_vocabulary):
     build: config -> model. text_vocabulary(), bert_vocabulary(): lists of tokens, made only if they are needed.
     """
     state = load_checkpoint(args.init) if args.init else None
+    if state and args.model == ("base" if "config" in state and config_from(state).backbone == "tiny" else "tiny"):
+        raise ValueError(f"{args.init}: not a checkpoint of the {args.model} model; leave out --model {args.model}")
     if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
         model, vocabulary = build(config_from(state)), state["vocabulary"]
         print(f"{args.init}: {copy_weights(model, state['model'])}")
@@ -600,12 +606,16 @@ def save_checkpoint(path, state, previous=None):
 def load_checkpoint(path):
     """Read tensors and plain values only (weights_only): a stranger's file can't run code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
+        with warnings.catch_warnings():  # of an odd pickle; what matters is said below
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: no such checkpoint ({error.strerror}); give a file that training wrote") from None
     except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
-        what = f"not a whole checkpoint of tensors and plain values ({type(error).__name__})"
-        raise ValueError(f"{path}: {what}") from None
+        raise ValueError(
+            f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}). Code in a pickle never "
+            "runs: copy the file again, or have its state dict saved alone"
+        ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")
     return state
@@ -630,7 +640,11 @@ def load_newest(folder):
 
 def config_from(state):
     """The ClipBertConfig that a checkpoint of ours was made with."""
-    return replace(ClipBertConfig(), **{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+    try:
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
+        return replace(ClipBertConfig(), **config)
+    except (AttributeError, TypeError):
+        raise ValueError("the checkpoint's config is not one of ClipBERT's; give one that our training wrote") from None
 
 
 def config_dict(cfg):
@@ -642,16 +656,12 @@ def config_dict(cfg):
 # What the two scripts share: flags, the device, several processes, the log, one training run, errors in one line
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def add_flags(parser):
-    """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings."""
-    add = parser.add_argument
+    """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings.
+
+    parser: a data.Parser, whose numbers() refuses what is out of range.
+    """
+    add, numbers = parser.add_argument, parser.numbers
     # which model, and what it starts from
     add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
     add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
@@ -660,26 +670,42 @@ def add_flags(parser):
     add("--scratch", action="store_true", help="base: start from random weights")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
     # hyper-parameters; those in force are printed at the start
-    for name in ("size", "frames", "text_length", "batch_size", "grad_accum", "epochs"):
-        add(f"--{name}", type=positive)
-    for name in ("fps", "lr", "weight_decay", "clip_grad"):
-        add(f"--{name}", type=float)
-    add("--max_steps", type=positive, help="stop the schedule after so many updates, whatever --epochs says")
+    numbers("--size", low=16, high=64 * VisualEmbedding.MAX_GRID)
+    numbers("--frames", high=256)
+    numbers("--text_length", low=3, high=512)  # [CLS], a word, [SEP]; as many as BERT has positions for
+    numbers("--batch_size", "--grad_accum", "--epochs")
+    numbers("--fps", kind=float, low=0.001, high=1000)
+    numbers("--lr", "--weight_decay", kind=float, low=0, high=1)
+    numbers("--clip_grad", kind=float, low=1e-6)
+    numbers("--max_steps", help="stop the schedule after so many updates, whatever --epochs says")
     add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
-    add("--limit", type=positive, help="use only the first so many examples or images of each split")
+    numbers("--limit", help="use only the first so many examples or images of each split")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
-    add("--workers", type=int, help="processes that read videos (default: 0 on a CPU, else one a core, at most 8)")
-    add("--save_every", type=positive, default=500, help="steps between checkpoints")
-    add("--seed", type=int, default=0)
+    numbers("--workers", low=0, high=256, help="processes that read videos (default: 0 on a CPU, else one a core, "
+            "at most 8)")  # fmt: skip
+    numbers("--save_every", default=500, help="steps between checkpoints")
+    numbers("--seed", low=0, high=2**32 - 1, default=0)
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
-def override(settings, args):
-    """The settings with the command line's values."""
+def check_flags(parser, args):
+    """Flags that can't be meant together."""
+    if sum(map(bool, (args.init, args.resume, args.eval))) > 1:
+        parser.error("--init, --resume and --eval exclude each other; choose one")
+    if (args.resnet or args.scratch) and args.model != "base" or args.bert and not (args.init or args.model == "base"):
+        parser.error("--resnet, --bert and --scratch are for --model base; add that, or leave them out")
+
+
+def override(settings, args, cfg):
+    """The settings with the command line's values; cfg: of the model that must be able to take them."""
     given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     if "epochs" in given:
         settings = settings | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
-    return settings | given
+    settings = settings | given
+    largest = VisualEmbedding.MAX_GRID * cfg.stride
+    if not cfg.stride <= settings["size"] <= largest:
+        raise ValueError(f"--size {settings['size']}: this model's grid takes {cfg.stride} to {largest} pixels")
+    return settings
 
 
 def seed_everything(seed):

@@ -245,7 +245,8 @@ LAYOUTS = {
     "tgif_qa_count": (
         {"Test_count_question.csv": table([ROWS[i] | {"answer": 2 + 3 * i} | KEYS[i] for i in range(4)])},
         lambda folder: data.read_tgif_qa(folder, "count", "test"),
-        lambda path: [(words(row["gif_name"]), words(row["question"]), (), int(row["answer"])) for row in rows_of(path)]),
+        lambda path: [(words(row["gif_name"]), words(row["question"]), (), int(row["answer"]))
+                      for row in rows_of(path)]),
     "tgif_qa_frameqa": (
         {"Test_frameqa_question.csv": table([ROWS[i] | {"answer": ACTIONS[i], "type": i} | KEYS[i] for i in range(4)])},
         lambda folder: data.read_tgif_qa(folder, "frameqa", "test"),
