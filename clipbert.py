@@ -613,8 +613,8 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: no such checkpoint ({error.strerror}); give a file that training wrote") from None
     except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
         raise ValueError(
-            f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}). Code in a pickle never "
-            "runs: copy the file again, or have its state dict saved alone"
+            f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}). Code in a pickle "
+            "never runs: copy the file again, or have its state dict saved alone"
         ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")

@@ -1,4 +1,4 @@
-"""`python data.py check`: every kind of finding, found once where it was planted, and nothing in a folder that is whole."""
+"""`python data.py check`: every kind of finding is found where it was planted, and nothing in whole data."""
 
 import json
 import shutil

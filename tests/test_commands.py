@@ -101,7 +101,7 @@ WRONG = [  # command, words of its one line
     ("pretrain --data {captions} --eval {tmp}/attack.pt", "attack.pt: Code in a pickle never runs"),
     ("finetune --data {toy} --init {tmp}/list.pt", "list.pt: holds a list, not a checkpoint's"),
     ("finetune --data {toy} --init {tmp}/gpt.pt", "config is not one of ClipBERT's; give"),
-    ("finetune --data {toy} --init {run}/best.pt --model base", "best.pt: not a checkpoint of the base model leave out"),
+    ("finetune --data {toy} --init {run}/best.pt --model base", "best.pt: not a checkpoint of the base model leave"),
     ("finetune --data {toy} --init {run}/best.pt --resume", "--init, --resume and --eval exclude each other choose"),
     ("finetune --data {toy} --eval {pre}/best.pt", "best.pt: not a fine-tuned checkpoint of ours --init"),
     ("pretrain --data {captions} --eval {run}/best.pt", "best.pt: not a checkpoint of pretrain.py; start --init"),

@@ -1,4 +1,4 @@
-"""Small samples of tests/stress.py, which damages files by the thousand; and that its judges can tell right from wrong."""
+"""Small samples of tests/stress.py, which damages files by the thousand; and that its judges tell right from wrong."""
 
 import random
 from pathlib import Path
