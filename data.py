@@ -1652,7 +1652,7 @@ def check(layout, folder, *, deep=False, text_length=None, bert=None, workers=1)
         try:
             splits[split] = layout.read(folder, split=split)
         except DataError as error:
-            if split == "train" or not isinstance(error, NoAnnotations):  # not every data set has all three
+            if split != "val" or not isinstance(error, NoAnnotations):  # not every data set has a validation split
                 found.append(Finding("annotations unreadable", split, "", str(error)))
     if splits.get("val") == splits.get("test"):
         splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
@@ -1689,6 +1689,8 @@ def print_check(splits, found):
     columns = [s for s in ("train", "val", "test") if s in splits or any(finding.split == s for finding in found)]
     lines = {"examples": {s: len(splits.get(s, ())) for s in columns},
              "videos": {s: len({e.video for e in splits.get(s, ())}) for s in columns}}  # fmt: skip
+    lost = {s: counts["videos missing", s] + counts["videos refused", s] for s in columns}
+    lines["videos found"] = {s: lines["videos"][s] - lost[s] for s in columns}
     lines |= {what: {s: counts[what, s] for s in columns} for what in FINDINGS}
     print(f"{'':24}" + "".join(f"{split:>12}" for split in columns))
     for what, line in lines.items():
@@ -1748,7 +1750,8 @@ def run_check(args):
     print_check(splits, found)
     if args.report:
         rows = [Finding._fields, *found]
-        args.report.write_text("".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows))
+        args.report.write_text("".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows),
+                               encoding="utf-8")  # fmt: skip
     stops = sorted({finding.what for finding in found if FINDINGS[finding.what][0] == "!"})
     print(f"\na run would stop: {', '.join(stops)}" if stops else "\nnothing here would stop a run")
     return bool(stops)

@@ -142,6 +142,6 @@ def test_layouts_are_those_of_the_scripts():
 @pytest.mark.skipif(not (SHARED / "annotations").is_dir(), reason=f"no sample annotations at {SHARED / 'annotations'}")
 def test_public_annotations_without_their_videos_are_all_missing(tmp_path, capsys):
     folder = shutil.copytree(SHARED / "annotations" / "tgif_qa", tmp_path / "tgif_qa")
-    code, out, found = check(capsys, "--data", folder)
+    code, _, found = check(capsys, "--data", folder)
     assert code == 1 and {key: len(names) for key, names in found.items() if "missing" in key[0]} == {
         ("videos missing", "train"): 200, ("videos missing", "test"): 200}  # fmt: skip

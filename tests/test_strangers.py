@@ -65,7 +65,7 @@ def server():
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802 - the name is http.server's
+        def do_GET(self):
             asked.append(self.path)
             self.send_error(404)
 
