@@ -591,8 +591,8 @@ def whole_file(path, previous=None):
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what the disk said
         if not isinstance(cause, OSError):
             raise
-        raise OSError(f"{path}: not written ({cause.strerror}): make room or choose another --out; what was saved "
-                      "before is still there, and --resume goes on from it") from error  # fmt: skip
+        raise OSError(f"{path}: not written ({cause.strerror or cause}): make room or choose another --out; what was "
+                      "saved before is still there, and --resume goes on from it") from error  # fmt: skip
 
 
 def save_checkpoint(path, state, previous=None):
@@ -612,7 +612,7 @@ def load_checkpoint(path):
         what = f"not a whole checkpoint of tensors and plain values ({type(error).__name__})"
         raise ValueError(f"{path}: {what}") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")  # noqa: TRY004
     return state
 
 
@@ -696,8 +696,8 @@ def seed_everything(seed):
 # Several GPUs: `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
 # and takes every K-th batch; backward averages the gradients over them (DistributedDataParallel), so that K processes
 # do what one does with K times the --grad_accum. All of them evaluate; the first one prints and writes.
-RANK = int(os.environ.get("RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", "0"))
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes():
@@ -708,7 +708,8 @@ def join_processes():
         if gpu:
             torch.cuda.set_device(place)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good
 
 
 @contextmanager
@@ -779,7 +780,7 @@ def choose_device(args):
     if precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # for each of this machine's processes
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # for each of this machine's processes
     workers = args.workers if args.workers is not None else min(8, cores) if gpu else 0
     return Device("cuda" if gpu else "cpu", dtype, workers)
 
@@ -799,14 +800,14 @@ class Log:
         if RANK:
             return
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        with open(self.path, "ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(lines) < len(lines):
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(lines) < len(lines):  # a disk that is full in the middle of a line
+                    file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                file.truncate(end)
-                raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
+        except OSError as error:
+            raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
 
 
 def logged_step(line):
@@ -823,6 +824,10 @@ def mean_row(rows):
 
 class Interrupted(KeyboardInterrupt):
     """(signal number, a message that says how to go on)"""
+
+
+def stop_now(number, _):
+    raise Interrupted(number, "stopped: --resume goes on from the last checkpoint, if there is one")
 
 
 class Training:
@@ -857,7 +862,8 @@ class Training:
     def restore(self, state):
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():  # else another --precision
+            self.scaler.load_state_dict(state["scaler"])
         torch.manual_seed(self.run.seed + RANK)  # of a process that the stopped run did not have
         for random_states in state["random"][RANK : RANK + 1]:
             torch.set_rng_state(random_states["torch"])
@@ -964,8 +970,8 @@ class Training:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        if self.signal:  # a second time: at once
-            raise Interrupted(number, "stopped in the middle of a step: --resume goes on from the last checkpoint")
+        if self.signal:
+            stop_now(number, _)  # a second time: not even the step is finished
         self.signal = number
 
 
@@ -986,6 +992,7 @@ def write_text(path, text):
 
 def main(job, args):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
+    signal.signal(signal.SIGTERM, stop_now)
     try:
         join_processes()
         job(args)
@@ -1004,8 +1011,7 @@ def main(job, args):
 def explain(error):
     """The line to print and the exit code; ("", 1) if it is no error that the user can mend."""
     if isinstance(error, KeyboardInterrupt):
-        plain = (signal.SIGINT, "interrupted: --resume goes on from the last checkpoint, if there is one")
-        number, message = error.args or plain
+        number, message = error.args or (signal.SIGINT, "stopped: --resume goes on from the last checkpoint, if any")
         return message, 128 + number
     if isinstance(error, torch.OutOfMemoryError):
         return ("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "

@@ -7,9 +7,10 @@
     python finetune.py --task tgif_qa --eval CKPT --predict cat.gif --question "what does the cat do 3 times ?" \\
                        --options jump spin wave
     python finetune.py --task tgif_qa --resume                                go on after an interruption
+    torchrun --nproc_per_node=8 finetune.py --task tgif_qa --data DIR ...     eight GPUs, eight times the batch
 
-Everything is written to runs/<task>/: config.json, log.jsonl (a line a step or evaluation), last.pt, best.pt,
-predictions.jsonl and metrics.json.
+Everything is written to runs/<task>/: config.json, log.jsonl (a line a step or evaluation), last.pt and the one before
+it, previous.pt, best.pt, predictions.jsonl and metrics.json; nonfinite.pt, if the loss stopped being a number.
 """
 
 import argparse

@@ -7,11 +7,13 @@
     python pretrain.py --data msrvtt --frames 2 --fps 2           captioned videos: the same loop, one clip per video
     python pretrain.py --data DIR --eval runs/pretrain/last.pt    only evaluate
     python pretrain.py --resume                                   go on after an interruption
+    torchrun --nproc_per_node=8 pretrain.py --data coco vg --model base     the paper's eight GPUs
 
 DIR holds COCO's captions_*.json, Visual Genome's region_descriptions.json, MSRVTT's json, or any .csv or .jsonl with
 the columns path and caption, and the images or videos. Validation captions are those of a val file there; without one,
 a tenth of the images is held out. Everything is written to runs/pretrain/: config.json, log.jsonl (a line a step or
-evaluation), last.pt, best.pt (lowest validation loss) and metrics.json.
+evaluation), last.pt and the one before it, previous.pt, best.pt (lowest validation loss) and metrics.json; and
+nonfinite.pt, if the loss stopped being a number.
 """
 
 import argparse
