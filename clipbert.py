@@ -24,15 +24,18 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -594,11 +597,13 @@ def whole_file(path, previous=None):
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what the disk said
         if not isinstance(cause, OSError):
             raise
-        raise OSError(f"{path}: not written ({cause.strerror}): make room or choose another --out; what was saved "
-                      "before is still there, and --resume goes on from it") from error  # fmt: skip
+        raise OSError(f"{path}: not written ({cause.strerror or cause}): make room or choose another --out; what was "
+                      "saved before is still there, and --resume goes on from it") from error  # fmt: skip
 
 
 def save_checkpoint(path, state, previous=None):
+    if RANK:
+        return
     with whole_file(path, previous) as file:
         torch.save(state, file)
 
@@ -617,7 +622,7 @@ def load_checkpoint(path):
             "never runs: copy the file again, or have its state dict saved alone"
         ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")  # noqa: TRY004
     return state
 
 
@@ -714,6 +719,58 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+# Several GPUs: `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
+# and takes every K-th batch; backward averages the gradients over them (DistributedDataParallel), so that K processes
+# do what one does with K times the --grad_accum. All of them evaluate; the first one prints and writes.
+RANK = int(os.environ.get("RANK", "0"))
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes():
+    if PROCESSES > 1:
+        gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+        if gpu and place >= torch.cuda.device_count():
+            raise ValueError(f"{torch.cuda.device_count()} GPUs: --nproc_per_node can't be more, one process each")
+        if gpu:
+            torch.cuda.set_device(place)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good
+
+
+@contextmanager
+def first_one_first():
+    """The others wait: there may be toy data to write, or weights to download."""
+    if RANK:
+        dist.barrier()
+    yield
+    if PROCESSES > 1 and not RANK:
+        dist.barrier()
+
+
+def parallel(module):
+    return nn.parallel.DistributedDataParallel(module) if PROCESSES > 1 else module
+
+
+def gather(value):
+    """Every process's value, in order."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class AllClips(nn.Module):
+    """`clip_logits` as the forward of a module, the one method that DistributedDataParallel sees."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, frames, input_ids, attention_mask):
+        return clip_logits(self.model, frames, input_ids, attention_mask)
+
+
 class Device(NamedTuple):
     """Where and how precisely to compute."""
 
@@ -749,7 +806,8 @@ def choose_device(args):
     if precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count()) if gpu else 0
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # for each of this machine's processes
+    workers = args.workers if args.workers is not None else min(8, cores) if gpu else 0
     return Device("cuda" if gpu else "cpu", dtype, workers)
 
 
@@ -765,15 +823,17 @@ class Log:
 
     def write(self, *rows):
         """Whole lines in one system call: a kill comes before or after it."""
+        if RANK:
+            return
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        with open(self.path, "ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(lines) < len(lines):
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(lines) < len(lines):  # a disk that is full in the middle of a line
+                    file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                file.truncate(end)
-                raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
+        except OSError as error:
+            raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
 
 
 def logged_step(line):
@@ -783,8 +843,17 @@ def logged_step(line):
         return math.inf
 
 
+def mean_row(rows):
+    """One line of the log from every process's."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"step": int(rows[0]["step"])}
+
+
 class Interrupted(KeyboardInterrupt):
     """(signal number, a message that says how to go on)"""
+
+
+def stop_now(number, _):
+    raise Interrupted(number, "stopped: --resume goes on from the last checkpoint, if there is one")
 
 
 class Training:
@@ -808,32 +877,39 @@ class Training:
         self.optimizer = build_optimizer(model, run.settings["weight_decay"])
         self.scaler = run.device.scaler()
         self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
+        if RANK:
+            torch.manual_seed(run.seed + RANK)  # the same model, but each process its own dropout
+        self.saved = bool(stopped)  # whether the folder's checkpoints are this run's
         if stopped:
             self.restore(stopped)
-        else:
-            (self.out / "previous.pt").unlink(missing_ok=True)  # another run's: nothing for this one to go on from
         self.log, self.waiting, self.unreadable = Log(self.out / "log.jsonl", self.start), [], Counter()
-        self.signal, self.began = None, time.time()
+        self.signal, self.began = 0, time.time()
 
     def restore(self, state):
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["torch"])
-        if torch.cuda.is_available() and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"])
+        if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():  # else another --precision
+            self.scaler.load_state_dict(state["scaler"])
+        torch.manual_seed(self.run.seed + RANK)  # of a process that the stopped run did not have
+        for random_states in state["random"][RANK : RANK + 1]:
+            torch.set_rng_state(random_states["torch"])
+            if torch.cuda.is_available() and random_states["cuda"] is not None:
+                torch.cuda.set_rng_state(random_states["cuda"])
 
     def summary(self, per_step, unit):
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         settings = ", ".join(f"{name} {value}" for name, value in self.run.settings.items() if value is not None)
-        return (f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on "
-                f"{self.run.device.name}: {settings}")  # fmt: skip
+        device = self.run.device.name + (f" x {PROCESSES}" if PROCESSES > 1 else "")
+        return f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on {device}: {settings}"
+
+    def list_unreadable(self):
+        list_unreadable(sum(gather(self.unreadable), Counter()), "replaced by other examples in training")
 
     def steps(self):
         """start + 1, ..., total_steps, with a progress bar."""
         self.progress = tqdm(
             range(self.start + 1, self.total_steps + 1), initial=self.start, total=self.total_steps, unit="step",
-            disable=None,
+            disable=True if RANK else None,
         )  # fmt: skip
         return self.progress
 
@@ -853,8 +929,9 @@ class Training:
 
     def flush(self):
         """Log the waiting steps. If one was not finite, the run ends here."""
-        rows = [{name: float(value) for name, value in row.items()} | {"step": row["step"]} for row in self.waiting]
+        rows = [{name: float(value) for name, value in row.items()} for row in self.waiting]
         self.waiting = []
+        rows = [mean_row(same) for same in zip(*gather(rows), strict=True)]
         self.log.write(*rows)
         for row in rows:
             overflow = self.run.device.dtype == torch.float16 and math.isfinite(row["loss"])  # the scaler sees to it
@@ -862,7 +939,7 @@ class Training:
                 self.stop_at_nonfinite(row)
         if rows:
             s, done = self.run.settings, rows[-1]["step"] - self.start
-            rate = done * s["batch_size"] * s["grad_accum"] / (time.time() - self.began)
+            rate = done * s["batch_size"] * s["grad_accum"] * PROCESSES / (time.time() - self.began)
             loss = sum(row["loss"] for row in rows) / len(rows)
             self.progress.set_postfix(loss=f"{loss:.3f}", lr=f"{rows[-1]['lr']:.1e}", examples_per_s=f"{rate:.0f}")
 
@@ -890,15 +967,25 @@ class Training:
     def end_step(self, step):
         """A checkpoint if one is due, or if a signal came: then the run ends here."""
         number = self.signal
+        if PROCESSES > 1:  # they must agree on a step to stop at: they ask each other now and then
+            number = max(gather(number)) if step % 10 == 0 else 0
         if self.due(step) or number:
             self.flush()
-            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips, masks have own seeds
-            self.save("last.pt", step, self.out / "previous.pt", best=self.best, optimizer=self.optimizer.state_dict(),
-                      scaler=self.scaler.state_dict(), random=random_states)  # fmt: skip
+            self.checkpoint(step)
         if number:
             raise Interrupted(number, f"{signal.Signals(number).name} after step {step} of {self.total_steps}, "
                                       "which is saved: the same command with --resume goes on from there")  # fmt: skip
+
+    def checkpoint(self, step):
+        """last.pt, with all that a resumed run needs to repeat the uninterrupted one; the last but one is kept."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have own seeds
+        previous = self.out / "previous.pt"
+        self.save("last.pt", step, previous, best=self.best, optimizer=self.optimizer.state_dict(),
+                  scaler=self.scaler.state_dict(), random=gather(random_states))  # fmt: skip
+        if not self.saved:
+            previous.unlink(missing_ok=True)  # another run's
+        self.saved = True
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -909,13 +996,13 @@ class Training:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        if self.signal:  # a second time: at once
-            raise Interrupted(number, "stopped in the middle of a step: --resume goes on from the last checkpoint")
+        if self.signal:
+            stop_now(number, _)  # a second time: not even the step is finished
         self.signal = number
 
 
 def list_unreadable(errors, what):
-    errors = Counter(errors)
+    errors = Counter(() if RANK else errors)
     if errors:
         print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
     for line, times in errors.most_common(20):
@@ -923,36 +1010,54 @@ def list_unreadable(errors, what):
 
 
 def write_text(path, text):
+    if RANK:
+        return
     with whole_file(path) as file:
         file.write(text.encode())
 
 
 def main(job, args):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
+    signal.signal(signal.SIGTERM, stop_now)
     try:
+        join_processes()
         job(args)
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "
-              "smaller --size", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    except (ValueError, OSError, RuntimeError) as error:
-        if args.debug or "DataLoader worker (pid" not in str(error) and type(error) is RuntimeError:
+        return dist.destroy_process_group() if PROCESSES > 1 else None
+    except BaseException as error:
+        if args.debug:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        plain = (signal.SIGINT, "interrupted: --resume goes on from the last checkpoint, if there is one")
-        number, message = stop.args or plain
-        print(f"\n{message}", file=sys.stderr)
-        sys.exit(128 + number)
+        traceback.clear_frames(error.__traceback__)  # they hold the data loader, which now ends its workers
+        message, code = explain(error)
+        if not message:
+            raise
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error):
+    """The line to print and the exit code; ("", 1) if it is no error that the user can mend."""
+    if isinstance(error, KeyboardInterrupt):
+        number, message = error.args or (signal.SIGINT, "stopped: --resume goes on from the last checkpoint, if any")
+        return message, 128 + number
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or take a "
+                "smaller --size"), 2  # fmt: skip
+    if worker_died(error):
+        return ("error: a data loader's worker was killed, perhaps for memory: try fewer --workers; --resume goes on "
+                "from the last checkpoint"), 2  # fmt: skip
+    if isinstance(error, ValueError | OSError):
+        return f"error: {one_line(error)}", 2
+    return "", 1
+
+
+def worker_died(error):
+    """torch says so, or the pipe to the worker breaks first."""
+    return "DataLoader worker (pid" in str(error) or isinstance(error, ConnectionError | EOFError)
 
 
 def one_line(error):
-    """Its message; of one that a worker raised, the last line, behind the traceback."""
+    """Its message; of one that a data loader's worker raised, the last line, behind the traceback."""
     text = str(error).strip()
-    if "DataLoader worker (pid" in text:
-        reason = " ".join(text.split(". ")[0].split())
-        return f"{reason}: killed, perhaps for memory (try fewer --workers); --resume goes on from the last checkpoint"
     if text.startswith("Caught "):
         text = text.splitlines()[-1].split(": ", 1)[-1]
     return " ".join(text.split())

@@ -1194,17 +1194,18 @@ class CaptionCollator(Collator):
         }
 
 
-def ignore_signals(worker):
-    """Ctrl-C and SIGTERM may reach every process at once; when to stop is for the main one to say."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(worker):
+    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its step: its workers ignore
+    the one and outlive the other by ten seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def data_loader(dataset, batches, collate, workers, pin_memory=False):
     """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
     )  # fmt: skip
 

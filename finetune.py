@@ -7,9 +7,10 @@
     python finetune.py --task tgif_qa --eval CKPT --predict cat.gif --question "what does the cat do 3 times ?" \\
                        --options jump spin wave
     python finetune.py --task tgif_qa --resume                                go on after an interruption
+    torchrun --nproc_per_node=8 finetune.py --task tgif_qa --data DIR ...     eight GPUs, eight times the batch
 
-Everything is written to runs/<task>/: config.json, log.jsonl (a line a step or evaluation), last.pt, best.pt,
-predictions.jsonl and metrics.json.
+Everything is written to runs/<task>/: config.json, log.jsonl (a line a step or evaluation), last.pt and the one before
+it, previous.pt, best.pt, predictions.jsonl and metrics.json; nonfinite.pt, if the loss stopped being a number.
 """
 
 import json
@@ -207,24 +208,26 @@ def train(run, model, training, examples, validate):
     A step is grad_accum batches, one update. Which examples and which random clips it sees depends on the seed and the
     step alone, so a resumed run repeats the uninterrupted one.
     """
-    s, device = run.settings, run.device
+    s, device, n = run.settings, run.device, run.settings["grad_accum"] * clipbert.PROCESSES  # n batches to a step
 
     def batches_after(step):
-        n = s["grad_accum"]
         return data.training_order(len(examples), s["batch_size"], training.total_steps * n, run.seed, step * n)
 
     training.examples_of = lambda step: [
-        examples[i].id for batch in islice(batches_after(step - 1), s["grad_accum"]) for _, i in batch
+        examples[i].id for batch in islice(batches_after(step - 1), n) for _, i in batch
     ]
-    loader = iter(run.loader(examples, s["train_clips"], True, batches_after(training.start)))
-    steps_per_epoch = -(-len(examples) // (s["batch_size"] * s["grad_accum"]))
+    own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
+    loader = iter(run.loader(examples, s["train_clips"], True, own_batches))
+    steps_per_epoch = -(-len(examples) // (s["batch_size"] * n))
+    all_clips = clipbert.parallel(clipbert.AllClips(model))
     model.train()
     for step in training.steps():
         loss = 0.0
-        for _ in range(s["grad_accum"]):
+        for i in range(s["grad_accum"]):
+            all_clips.require_backward_grad_sync = i == s["grad_accum"] - 1  # else as in DDP's no_sync()
             batch = device.move(next(loader))
             with device.autocast():
-                logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
+                logits = all_clips(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
                 p = clipbert.aggregate_clips(logits.float(), s["agg"])  # p = G(p_1, ..., p_N)
                 # The reference sums the gradients of accumulated batches; the mean makes two batches of 16 one of 32.
                 part = clipbert.video_loss(p, batch["target"], run.task.kind) / s["grad_accum"]
@@ -436,9 +439,10 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
 def run_training(args):
     state = load_resumable(args) if args.resume else None
     clipbert.seed_everything(args.seed)
-    run, model, vocabulary, examples, test = prepare(args, state)
+    with clipbert.first_one_first():
+        run, model, vocabulary, examples, test = prepare(args, state)
     s = run.settings
-    per_step = s["batch_size"] * s["grad_accum"]
+    per_step = s["batch_size"] * s["grad_accum"] * clipbert.PROCESSES
     total_steps = s["max_steps"] or s["epochs"] * -(-len(examples) // per_step)
     training = clipbert.Training(
         args, run, model, total_steps, state, task=args.task, data=str(run.folder), vocabulary=vocabulary,
@@ -449,7 +453,7 @@ def run_training(args):
     validate = validation(args, run, model) if run.task.validation and args.data else None
     with training:
         train(run, model, training, examples, validate)
-    clipbert.list_unreadable(training.unreadable, "replaced by other examples in training")
+    training.list_unreadable()
     if validate:
         model.load_state_dict(clipbert.load_checkpoint(args.out / "best.pt")["model"])
     else:  # without a validation split: choosing a step by the test set would be cheating, so the last is the best

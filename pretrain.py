@@ -7,11 +7,13 @@
     python pretrain.py --data msrvtt --frames 2 --fps 2           captioned videos: the same loop, one clip per video
     python pretrain.py --data DIR --eval runs/pretrain/last.pt    only evaluate
     python pretrain.py --resume                                   go on after an interruption
+    torchrun --nproc_per_node=8 pretrain.py --data coco vg --model base     the paper's eight GPUs
 
 DIR holds COCO's captions_*.json, Visual Genome's region_descriptions.json, MSRVTT's json, or any .csv or .jsonl with
 the columns path and caption, and the images or videos. Validation captions are those of a val file there; without one,
 a tenth of the images is held out. Everything is written to runs/pretrain/: config.json, log.jsonl (a line a step or
-evaluation), last.pt, best.pt (lowest validation loss) and metrics.json.
+evaluation), last.pt and the one before it, previous.pt, best.pt (lowest validation loss) and metrics.json; and
+nonfinite.pt, if the loss stopped being a number.
 """
 
 import json
@@ -168,22 +170,25 @@ def train(run, model, training, ratio):
     dropout, on torch's random state, which checkpoints hold: a resumed run repeats the uninterrupted one.
     """
     s, device, sizes = run.settings, run.device, [len(source.train) for source in run.sources]
+    n = s["grad_accum"] * clipbert.PROCESSES  # batches to a step
 
     def batches_after(step):
-        n = s["grad_accum"]
         return data.mixed_order(sizes, ratio or sizes, s["batch_size"], training.total_steps * n, run.seed, step * n)
 
     training.examples_of = lambda step: [
-        run.sources[k].train[i].video for batch in islice(batches_after(step - 1), s["grad_accum"]) for k, _, i in batch
+        run.sources[k].train[i].video for batch in islice(batches_after(step - 1), n) for k, _, i in batch
     ]
-    loader = iter(run.loader("train", run.seed, batches_after(training.start)))
+    own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
+    loader = iter(run.loader("train", run.seed, own_batches))
+    forward = clipbert.parallel(model)
     model.train()
     for step in training.steps():
         losses = torch.zeros(2, device=device.name)
-        for _ in range(s["grad_accum"]):
+        for i in range(s["grad_accum"]):
+            forward.require_backward_grad_sync = i == s["grad_accum"] - 1  # else as in DDP's no_sync()
             batch = device.move(next(loader))
             with device.autocast():
-                mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"], s["keep"])
+                mlm, itm = forward(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"], s["keep"])
             mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s["mlm_over"])
             itm = clipbert.itm_loss(itm, batch["itm_labels"])
             training.scaler.scale((mlm + itm) / s["grad_accum"]).backward()
@@ -270,9 +275,10 @@ def run_training(args):
         args.seed, args.blind = state["seed"], state["blind"]  # those of the stopped run
         print(f"resuming from {path}, step {state['step']}")
     clipbert.seed_everything(args.seed)
-    run, model, vocabulary = prepare(args, model, state)
+    with clipbert.first_one_first():
+        run, model, vocabulary = prepare(args, model, state)
     s, images = run.settings, sum(len(source.train) for source in run.sources)
-    per_step = s["batch_size"] * s["grad_accum"]
+    per_step = s["batch_size"] * s["grad_accum"] * clipbert.PROCESSES
     total_steps = s["max_steps"] or s["epochs"] * -(-images // per_step)
     training = clipbert.Training(
         args, run, model, total_steps, state, task="pretrain", data=[str(source.folder) for source in run.sources],
@@ -283,7 +289,7 @@ def run_training(args):
     print(training.summary(per_step, "images"))
     with training:
         train(run, model, training, args.ratio)
-    clipbert.list_unreadable(training.unreadable, "replaced by other examples in training")
+    training.list_unreadable()
     report(run, args, *evaluate(run, model), time.time() - training.began)
     if not args.data:
         print(f"\nNext: python finetune.py --task tgif_qa --init {args.out / 'last.pt'}")
