@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
+import data
 
 SECONDS, BYTES = 10, 2**30  # that a damaged file may take at most: time, memory (of Python, and of an ffmpeg)
 
