@@ -16,7 +16,6 @@ Read this file beside section 3 of the paper, top to bottom:
 B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K scores.
 """
 
-import argparse
 import errno
 import json
 import math
@@ -76,6 +75,11 @@ class ClipBertConfig:
     dropout: float = 0.1  # embeddings, attention, sublayer outputs, pooled vector; none in the CNN or inside the MLP
     init_std: float = 0.02  # of Linear and Embedding weights
     layer_norm_eps: float = 1e-12
+
+    @property
+    def stride(self):
+        """Pixels from one grid cell to the next."""
+        return 4 * 2 ** len(BACKBONES[self.backbone][1])
 
     @classmethod
     def base(cls):
@@ -567,6 +571,8 @@ def start_model(build, args, text_vocabulary, bert_vocabulary):
     build: config -> model. text_vocabulary(), bert_vocabulary(): lists of tokens, made only if they are needed.
     """
     state = load_checkpoint(args.init) if args.init else None
+    if state and args.model == ("base" if "config" in state and config_from(state).backbone == "tiny" else "tiny"):
+        raise ValueError(f"{args.init}: not a checkpoint of the {args.model} model; leave out --model {args.model}")
     if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
         model, vocabulary = build(config_from(state)), state["vocabulary"]
         print(f"{args.init}: {copy_weights(model, state['model'])}")
@@ -630,8 +636,8 @@ def whole_file(path, previous=None):
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what the disk said
         if not isinstance(cause, OSError):
             raise
-        raise OSError(f"{path}: not written ({cause.strerror}): make room or choose another --out; what was saved "
-                      "before is still there, and --resume goes on from it") from error  # fmt: skip
+        raise OSError(f"{path}: not written ({cause.strerror or cause}): make room or choose another --out; what was "
+                      "saved before is still there, and --resume goes on from it") from error  # fmt: skip
 
 
 def save_checkpoint(path, state, previous=None):
@@ -644,14 +650,18 @@ def save_checkpoint(path, state, previous=None):
 def load_checkpoint(path):
     """Read tensors and plain values only (weights_only): a stranger's file can't run code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
+        with warnings.catch_warnings():  # of an odd pickle; what matters is said below
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: no such checkpoint ({error.strerror}); give a file that training wrote") from None
     except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
-        what = f"not a whole checkpoint of tensors and plain values ({type(error).__name__})"
-        raise ValueError(f"{path}: {what}") from None
+        raise ValueError(
+            f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}). Code in a pickle "
+            "never runs: copy the file again, or have its state dict saved alone"
+        ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")  # noqa: TRY004
     return state
 
 
@@ -674,7 +684,11 @@ def load_newest(folder):
 
 def config_from(state):
     """The ClipBertConfig that a checkpoint of ours was made with."""
-    return replace(ClipBertConfig(), **{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+    try:
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
+        return replace(ClipBertConfig(), **config)
+    except (AttributeError, TypeError):
+        raise ValueError("the checkpoint's config is not one of ClipBERT's; give one that our training wrote") from None
 
 
 def config_dict(cfg):
@@ -686,16 +700,12 @@ def config_dict(cfg):
 # What the two scripts share: flags, the device, several processes, the log, one training run, errors in one line
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def add_flags(parser):
-    """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings."""
-    add = parser.add_argument
+    """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings.
+
+    parser: a data.Parser, whose numbers() refuses what is out of range.
+    """
+    add, numbers = parser.add_argument, parser.numbers
     # which model, and what it starts from
     add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
     add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
@@ -704,30 +714,45 @@ def add_flags(parser):
     add("--scratch", action="store_true", help="base: start from random weights")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
     # hyper-parameters; those in force are printed at the start
-    for name in ("size", "frames", "text_length", "batch_size", "grad_accum", "epochs"):
-        add(f"--{name}", type=positive)
-    for name in ("fps", "lr", "weight_decay", "clip_grad"):
-        add(f"--{name}", type=float)
-    add("--max_steps", type=positive, help="stop the schedule after so many updates, whatever --epochs says")
+    numbers("--size", low=16, high=64 * VisualEmbedding.MAX_GRID)
+    numbers("--frames", high=256)
+    numbers("--text_length", low=3, high=512)  # [CLS], a word, [SEP]; as many as BERT has positions for
+    numbers("--batch_size", "--grad_accum", "--epochs")
+    numbers("--fps", kind=float, low=0.001, high=1000)
+    numbers("--lr", "--weight_decay", kind=float, low=0, high=1)
+    numbers("--clip_grad", kind=float, low=1e-6)
+    numbers("--max_steps", help="stop the schedule after so many updates, whatever --epochs says")
     add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
-    add("--limit", type=positive, help="use only the first so many examples or images of each split")
+    numbers("--limit", help="use only the first so many examples or images of each split")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
-    add("--chunk", type=positive, metavar="FRAMES", help="short of memory: pass so many frames through the CNN at a "
-        "time, and again when their gradient is due (activation checkpointing)")  # fmt: skip
+    numbers("--chunk", metavar="FRAMES", help="short of memory: pass so many frames through the CNN at a time, and again "
+            "when their gradient is due (activation checkpointing)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the CNN and the transformer: slow to start, then faster")
-    add("--workers", type=int, help="processes that read videos (default: 0 on a CPU, else one a core, at most 8)")
-    add("--save_every", type=positive, default=500, help="steps between checkpoints")
-    add("--seed", type=int, default=0)
+    numbers("--workers", low=0, high=256, help="processes that read videos (default: 0 on a CPU, else one a core, "
+            "at most 8)")  # fmt: skip
+    numbers("--save_every", default=500, help="steps between checkpoints")
+    numbers("--seed", low=0, high=2**32 - 1, default=0)
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
-def override(settings, args):
-    """The settings with the command line's values."""
+def check_flags(parser, args):
+    """Flags that can't be meant together."""
+    if sum(map(bool, (args.init, args.resume, args.eval))) > 1:
+        parser.error("--init, --resume and --eval exclude each other; choose one")
+    if (args.resnet or args.scratch) and args.model != "base" or args.bert and not (args.init or args.model == "base"):
+        parser.error("--resnet, --bert and --scratch are for --model base; add that, or leave them out")
+
+
+def override(settings, args, cfg):
+    """The settings with the command line's values; cfg: of the model that must be able to take them."""
     given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     if "epochs" in given:
         settings = settings | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
-    args.settings = settings | given  # where an out-of-memory message starts from
-    return args.settings
+    args.settings = settings = settings | given  # where an out-of-memory message starts from
+    largest = VisualEmbedding.MAX_GRID * cfg.stride
+    if not cfg.stride <= settings["size"] <= largest:
+        raise ValueError(f"--size {settings['size']}: this model's grid takes {cfg.stride} to {largest} pixels")
+    return settings
 
 
 def seed_everything(seed):
@@ -739,8 +764,8 @@ def seed_everything(seed):
 # Several GPUs: `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
 # and takes every K-th batch; backward averages the gradients over them (DistributedDataParallel), so that K processes
 # do what one does with K times the --grad_accum. All of them evaluate; the first one prints and writes.
-RANK = int(os.environ.get("RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", "0"))
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes():
@@ -751,7 +776,8 @@ def join_processes():
         if gpu:
             torch.cuda.set_device(place)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good
 
 
 @contextmanager
@@ -828,7 +854,7 @@ def choose_device(args):
     if precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # for each of this machine's processes
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # for each of this machine's processes
     workers = args.workers if args.workers is not None else min(8, cores) if gpu else 0
     return Device("cuda" if gpu else "cpu", dtype, workers, args.chunk, args.compile)
 
@@ -848,14 +874,14 @@ class Log:
         if RANK:
             return
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        with open(self.path, "ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(lines) < len(lines):
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(lines) < len(lines):  # a disk that is full in the middle of a line
+                    file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                file.truncate(end)
-                raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
+        except OSError as error:
+            raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
 
 
 def logged_step(line):
@@ -872,6 +898,10 @@ def mean_row(rows):
 
 class Interrupted(KeyboardInterrupt):
     """(signal number, a message that says how to go on)"""
+
+
+def stop_now(number, _):
+    raise Interrupted(number, "stopped: --resume goes on from the last checkpoint, if there is one")
 
 
 class Training:
@@ -906,7 +936,8 @@ class Training:
     def restore(self, state):
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():  # else another --precision
+            self.scaler.load_state_dict(state["scaler"])
         torch.manual_seed(self.run.seed + RANK)  # of a process that the stopped run did not have
         for random_states in state["random"][RANK : RANK + 1]:
             torch.set_rng_state(random_states["torch"])
@@ -1013,8 +1044,8 @@ class Training:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        if self.signal:  # a second time: at once
-            raise Interrupted(number, "stopped in the middle of a step: --resume goes on from the last checkpoint")
+        if self.signal:
+            stop_now(number, _)  # a second time: not even the step is finished
         self.signal = number
 
 
@@ -1049,6 +1080,7 @@ def less_memory(settings, chunk):
 
 def main(job, args):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
+    signal.signal(signal.SIGTERM, stop_now)
     try:
         join_processes()
         job(args)
@@ -1067,8 +1099,7 @@ def main(job, args):
 def explain(error, args):
     """The line to print and the exit code; ("", 1) if it is no error that the user can mend."""
     if isinstance(error, KeyboardInterrupt):
-        plain = (signal.SIGINT, "interrupted: --resume goes on from the last checkpoint, if there is one")
-        number, message = error.args or plain
+        number, message = error.args or (signal.SIGINT, "stopped: --resume goes on from the last checkpoint, if any")
         return message, 128 + number
     if isinstance(error, torch.OutOfMemoryError):
         return f"error: out of GPU memory. {less_memory(args.settings, args.chunk)}", 2

@@ -8,7 +8,8 @@ Four parts, in the order in which data flows:
     examples          ->  batches                                        `ClipDataset`, `Collator`
     and, where nothing has been downloaded: the toy data                 `toy_data`
 
-    python data.py toy DIR          write the toy data to DIR
+    python data.py toy DIR                      write the toy data to DIR
+    python data.py check --task T --data DIR    what is missing, broken, doubled, cut: before hours are spent on it
 
 A frame index is a point on a regular grid: frame i is what the file shows at i / fps seconds. For a constant-rate
 video that is simply its i-th frame, and variable rates need no special care.
@@ -28,8 +29,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +43,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 from transformers import BertTokenizer
 from transformers.utils import cached_file
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS, below, is stricter
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's workers are parallel enough
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOY_VERSION = 4  # of the toy data: a new number rewrites it
@@ -71,7 +76,7 @@ PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVi
 
 class Example(NamedTuple):
     """One row of an annotation file: a video (or image), its text, the answer."""
-    id: str  # unique within its split
+    id: str  # as the file has it, else its place there; only for a reader of predictions, and perhaps not unique
     video: str  # name as the annotation gives it, resolved later by find_media()
     text: str  # question or caption; "" in MSRVTT-MC, where the options are the captions
     options: tuple = ()  # answer options of multiple choice
@@ -224,11 +229,14 @@ def find_file(folder, *patterns, required=True):
 
 
 def collect(source, pairs, one_per_video=False):
-    """(row, example) pairs to a list of at least one example; ids (and videos, if so) must not repeat."""
-    examples, ids, videos = [], set(), set()
+    """(row, example) pairs to a list of at least one example; videos must not repeat, if so.
+
+    Repeated ids are only counted: where a file needs them to join its parts, `by_name` has refused them before.
+    """
+    examples, ids, videos, repeated = [], set(), set(), []
     for row, example in pairs:
         if example.id in ids:
-            row.fail(f"id {example.id[:80]!r} is there twice")
+            repeated.append(f"{row.path}:{row.place}: id {example.id[:80]!r}")
         if one_per_video and example.video in videos:
             row.fail(f"a second caption of {example.video[:80]!r}, where this split has one per video")
         ids.add(example.id)
@@ -236,6 +244,9 @@ def collect(source, pairs, one_per_video=False):
         examples.append(example)
     if not examples:
         raise DataError(f"{source}: no examples in it")
+    if repeated:
+        print(f"note: {len(repeated):,} of {len(examples):,} ids were there before; the first is {repeated[0]}",
+              file=sys.stderr)  # fmt: skip
     return examples
 
 
@@ -779,7 +790,8 @@ def _probe_video(path: str) -> Media:
     reader = "ffmpeg-seek" if container in SEEKABLE and duration > 0 else "ffmpeg"
     if fps % 1 and round(math.ceil(fps) * 1000 / 1001, 2) == fps:
         fps = math.ceil(fps) * 1000 / 1001  # NTSC: "29.97" is 30000/1001, which matters after some minutes
-    if container not in TIMED or duration == 0 or not 0 < fps <= 1000:
+    absurd = duration * fps > os.path.getsize(path)  # a damaged header: more frames than bytes
+    if container not in TIMED or duration == 0 or not 0 < fps <= 1000 or absurd:
         fps, duration = _count_packets(path, fps)
     num_frames = max(round((duration - start) * fps), 1)
     return Media(num_frames, fps, width, height, start, reader)
@@ -904,10 +916,14 @@ def build_tokenizer(vocabulary):
     return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
 
 
-def read_vocabulary(folder=None):
-    """The 30,522 tokens of bert-base-uncased: vocab.txt of a local folder, or, with None, the hub's."""
+def read_vocabulary(folder=None, offline=False):
+    """The 30,522 tokens of bert-base-uncased: vocab.txt of a local folder, or, with None, the hub's.
+
+    offline: only a copy of the hub's that an earlier run has left on this machine.
+    """
     try:
-        path = Path(folder) / "vocab.txt" if folder else cached_file("bert-base-uncased", "vocab.txt")
+        hub = functools.partial(cached_file, "bert-base-uncased", "vocab.txt", local_files_only=offline)
+        path = Path(folder) / "vocab.txt" if folder else hub()
         vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         reason = str(error).splitlines()[0][:150]
@@ -1509,13 +1525,266 @@ def toy_data(*parts, folder="toy_data"):
     return Path(folder)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# ----------------------------------------------------------------------------------------------------------------------
+# Is the data whole? `python data.py check`
+
+
+class Layout(NamedTuple):
+    """How a task's data is read; the rest of a task stands in finetune.TASKS, and pretraining's in pretrain.py."""
+
+    read: object  # (folder, split) -> examples
+    toy: str  # which part of the toy data has its layout
+    text_length: int  # Lt at most, [CLS] and [SEP] included
+    top_answers: int | None = None  # open-ended: only so many answers, the most frequent ones of training (None: all)
+    stills: bool = False  # are images, without motion, what belongs there?
+
+
+def read_msrvtt_mc_task(folder, split):
+    """Only the test file is this task's own: a retrieval model scores the five captions."""
+    return (read_msrvtt_mc if split == "test" else read_msrvtt_retrieval)(folder, split)
+
+
+def tgif_layout(kind):
+    return Layout(functools.partial(read_tgif_qa, kind=kind), "tgif_qa", 25)
+
+
+LAYOUTS = {
+    **{f"tgif_qa_{kind}": tgif_layout(kind) for kind in ("action", "transition", "frameqa", "count")},
+    "msrvtt_retrieval": Layout(read_msrvtt_retrieval, "msrvtt", 20),
+    "didemo_retrieval": Layout(read_didemo, "msrvtt", 100),
+    "activitynet_retrieval": Layout(read_activitynet, "msrvtt", 100),
+    "msrvtt_qa": Layout(read_msrvtt_qa, "msrvtt", 100, top_answers=1500),
+    "msrvtt_mc": Layout(read_msrvtt_mc_task, "msrvtt", 20),
+    "vqa": Layout(read_vqa, "vqa", 20, top_answers=3129, stills=True),
+    "pretrain": Layout(lambda folder, split: read_captions(folder, split, split == "train"), "coco_captions", 30,
+                       stills=True),
+}  # fmt: skip
+ALIASES = {"tgif_qa": "tgif_qa_action"}
+
+FINDINGS = {  # all that `check` looks for, and what to do about it; "!": it stops a run
+    "annotations unreadable": "! mend the file that is named, or put it there",
+    "videos missing": "! put them there; or --allow_missing: left out in training, wrong in testing",
+    "videos refused": "! media must lie inside the data folder",
+    "videos unreadable": "download them again; training replaces them by others, testing counts them as wrong",
+    "videos without motion": "a single frame, often a placeholder for a deleted video: download them again",
+    "videos also in train": "a model may remember them: the results would be too good",
+    "same row twice": "same video and text: counts double in testing; do the answers agree?",
+    "same id twice": "matters only where predictions are looked up by their id",
+    "answer not in list": "left out in training, wrong in testing",
+    "text cut": "a longer --text_length keeps the whole text",
+    "option cut": "a longer --text_length keeps the whole option",
+    "option lost": "nothing is left of the options, so the answer is a guess: a longer --text_length",
+}
+
+
+class Finding(NamedTuple):
+    what: str  # one of FINDINGS
+    split: str
+    name: str  # of the video, or the example's id
+    detail: str = ""
+
+
+def check_file(path, stills, deep):
+    """-> (what, detail) of a media file that is not as it should be; None of a good one.
+
+    deep: decode what 16 test clips would look at, and not only the header.
+    """
+    try:
+        media = probe(path)
+        if deep:
+            read_clips(path, 16, 1, 1.0, 32, train=False)
+    except DataError as error:
+        return "videos unreadable", str(error)
+    if media.num_frames == 1 and not (stills and path.suffix.lower() in IMAGES):
+        return "videos without motion", str(path)
+
+
+def check_videos(names, folder, stills, deep, workers):
+    """-> {name: (what, detail)} of the videos that are not as they should be; every file is opened."""
+    found, paths = {}, {}
+    for name in names:
+        try:
+            paths[name] = find_media(folder, name)
+        except DataError as error:
+            found[name] = "videos refused", str(error)
+    found |= {name: ("videos missing", "") for name, path in paths.items() if not path}
+    paths = {name: path for name, path in paths.items() if path}
+    with ProcessPoolExecutor(workers) as pool:
+        check_one = functools.partial(check_file, stills=stills, deep=deep)
+        results = tqdm(pool.map(check_one, paths.values(), chunksize=8), total=len(paths), unit="file", disable=None)
+        return found | {name: result for name, result in zip(paths, results, strict=True) if result}
+
+
+def check_texts(split, examples, tokenizer, text_length):
+    """Yield a Finding for each example whose text, or whose option behind the question, does not fit."""
+    texts = list({text: None for e in examples for text in (e.text, *e.options)})
+    lengths = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    lengths = dict(zip(texts, map(len, lengths), strict=True))
+    for e in examples:
+        length = lengths[e.text] + max((lengths[option] for option in e.options), default=0) + 2  # [CLS] and [SEP]
+        if length > text_length:
+            lost = e.options and lengths[e.text] + 2 >= text_length
+            what = "option lost" if lost else "option cut" if e.options else "text cut"
+            yield Finding(what, split, e.id, f"{length} tokens: {e.text or e.options[0]}")
+
+
+def check_rows(split, examples, train_videos, answers):
+    """Yield a Finding for what stands twice, is in training, too, or can't be answered."""
+    rows, ids = set(), set()
+    if split != "train":
+        yield from (Finding("videos also in train", split, video)
+                    for video in sorted({e.video for e in examples} & train_videos))  # fmt: skip
+    for e in examples:
+        if (row := (e.video, e.text, e.options)) in rows:
+            yield Finding("same row twice", split, e.id, f"{e.video}: {e.text} {'' if e.answer is None else e.answer}")
+        if e.id in ids:
+            yield Finding("same id twice", split, e.id, f"{e.video}: {e.text}")
+        known = {e.answer} if isinstance(e.answer, str) else e.answer
+        if isinstance(known, (set, dict)) and answers.isdisjoint(known):
+            yield Finding("answer not in list", split, e.id, str(e.answer))
+        rows.add(row)
+        ids.add(e.id)
+
+
+def check(layout, folder, *, deep=False, text_length=None, bert=None, workers=1):
+    """-> {split: examples}, all Findings, and whose vocabulary has counted the tokens."""
+    splits, found = {}, []
+    for split in ("train", "val", "test"):
+        try:
+            splits[split] = layout.read(folder, split=split)
+        except DataError as error:
+            if split != "val" or not isinstance(error, NoAnnotations):  # not every data set has a validation split
+                found.append(Finding("annotations unreadable", split, "", str(error)))
+    if splits.get("val") == splits.get("test"):
+        splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
+    splits = {split: examples for split, examples in splits.items() if examples}
+    videos = {split: {e.video: None for e in examples} for split, examples in splits.items()}
+    media = check_videos({name: None for names in videos.values() for name in names}, folder, layout.stills, deep,
+                         workers)  # fmt: skip
+    train, everything = splits.get("train", []), [e for examples in splits.values() for e in examples]
+    answers = read_answer_list(folder) or answer_list(
+        [e for e in train if isinstance(e.answer, (str, dict))], layout.top_answers
+    )
+    tokenizer, whose = check_tokenizer(bert, everything)
+    for split, examples in splits.items():
+        found += [Finding(media[name][0], split, name, media[name][1]) for name in videos[split] if name in media]
+        found += check_rows(split, examples, videos.get("train", {}).keys(), set(answers))
+        found += check_texts(split, examples, tokenizer, text_length or layout.text_length)
+    return splits, found, whose
+
+
+def check_tokenizer(bert, examples):
+    """-> a tokenizer to count with, and whose it is."""
+    try:
+        return build_tokenizer(read_vocabulary(bert, offline=True)), "bert-base-uncased"
+    except DataError:
+        if bert:
+            raise
+    texts = (text for example in examples for text in input_texts(example))
+    return build_tokenizer(vocabulary_from_text(texts)), "the words of these texts (BERT's own count more: --bert DIR)"
+
+
+def print_check(splits, found):
+    """A column for each split, a line for each kind of finding; then the first of each kind, and what to do."""
+    counts = Counter((finding.what, finding.split) for finding in found)
+    columns = [s for s in ("train", "val", "test") if s in splits or any(finding.split == s for finding in found)]
+    lines = {"examples": {s: len(splits.get(s, ())) for s in columns},
+             "videos": {s: len({e.video for e in splits.get(s, ())}) for s in columns}}  # fmt: skip
+    lost = {s: counts["videos missing", s] + counts["videos refused", s] for s in columns}
+    lines["videos found"] = {s: lines["videos"][s] - lost[s] for s in columns}
+    lines |= {what: {s: counts[what, s] for s in columns} for what in FINDINGS}
+    print(f"{'':24}" + "".join(f"{split:>12}" for split in columns))
+    for what, line in lines.items():
+        print(f"{what:24}" + "".join(f"{f'{line[s]:,}' if line[s] else '-':>12}" for s in columns))
+    for what, remedy in FINDINGS.items():
+        if of_kind := [finding for finding in found if finding.what == what]:
+            print(f"\n{what}: {len(of_kind):,} ({remedy.removeprefix('! ')})")
+            for finding in of_kind[:3]:
+                print(f"  {finding.split:6} {finding.name}  {finding.detail}"[:200].rstrip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def folder(text):
+    """The type of a flag that names an existing folder."""
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such folder; give the one that holds the data set")
+    return Path(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes end in one line, without the list of all flags."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())} (--help lists all flags)\n")
+
+    def numbers(self, *flags, kind=int, low=1, high=10**9, **options):
+        """Flags that take a number from low to high, which nan never is."""
+
+        def number(text):
+            try:
+                value = kind(text)
+            except ValueError:
+                value = math.nan
+            if not low <= value <= high:
+                what = "whole number" if kind is int else "number"
+                raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low:,} to {high:,}")
+            return value
+
+        for flag in flags:
+            self.add_argument(flag, type=number, **options)
+
+
+def run_check(args):
+    """-> exit code: 1 if something would stop a run."""
+    task = ALIASES.get(args.task, args.task)
+    layout = LAYOUTS[task]
+    where = args.data or toy_data(layout.toy) / layout.toy
+    splits, found, whose = check(layout, where, deep=args.deep, text_length=args.text_length, bert=args.bert,
+                                 workers=args.workers)  # fmt: skip
+    print(f"{task} in {where}; tokens, at most {args.text_length or layout.text_length}, counted with {whose}\n")
+    print_check(splits, found)
+    if args.report:
+        rows = [Finding._fields, *found]
+        args.report.write_text("".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows),
+                               encoding="utf-8")  # fmt: skip
+    stops = sorted({finding.what for finding in found if FINDINGS[finding.what][0] == "!"})
+    print(f"\na run would stop: {', '.join(stops)}" if stops else "\nnothing here would stop a run")
+    return bool(stops)
+
+
+def main(arguments=None):
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data")
     toy.add_argument("folder", type=Path)
-    args = parser.parse_args()
-    toy_data(folder=args.folder)
+    toy.set_defaults(run=lambda args: toy_data(folder=args.folder) and None)
+    checking = commands.add_parser("check", help="read all annotations and media headers, list what is wrong")
+    names = [*ALIASES, *LAYOUTS]
+    checking.add_argument("--task", default="tgif_qa", choices=names, metavar="TASK", help=", ".join(names))
+    checking.add_argument("--data", type=folder, help="the data set's folder (default: the toy data)")
+    checking.add_argument("--deep", action="store_true", help="decode 16 frames of each video, not only headers")
+    checking.add_argument("--report", type=Path, metavar="FILE", help="write all findings, TAB-separated")
+    checking.add_argument("--bert", type=Path, metavar="DIR", help="count tokens with the vocab.txt of this folder")
+    checking.numbers("--text_length", low=3, high=512, help="tokens of a text (default: the task's)")
+    checking.numbers("--workers", high=256, default=min(8, os.cpu_count()), help="files at a time")
+    checking.set_defaults(run=run_check)
+    args = parser.parse_args(arguments)
+    try:
+        sys.exit(args.run(args))
+    except DataError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}; choose another place"
+    except BrokenExecutor:
+        message = "a process that read the files was killed, perhaps for memory: try fewer --workers"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@
     python finetune.py --task tgif_qa --eval CKPT --predict cat.gif --question "what does the cat do 3 times ?" \\
                        --options jump spin wave
     python finetune.py --task tgif_qa --resume                                go on after an interruption
+    torchrun --nproc_per_node=8 finetune.py --task tgif_qa --data DIR ...     eight GPUs, eight times the batch
 
-Everything is written to runs/<task>/: config.json, log.jsonl (a line a step or evaluation), last.pt, best.pt,
-predictions.jsonl and metrics.json.
+Everything is written to runs/<task>/: config.json, log.jsonl (a line a step or evaluation), last.pt and the one before
+it, previous.pt, best.pt, predictions.jsonl and metrics.json; nonfinite.pt, if the loss stopped being a number.
 """
 
-import argparse
 import json
 import sys
 import time
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -35,18 +34,18 @@ class Task(NamedTuple):
     """A data set and the paper's hyper-parameters for it."""
 
     title: str
-    read: object  # (folder, split) -> examples
-    toy: str  # which part of the toy data has its layout
     kind: str  # of answer: choice | answer | soft | count | match (see clipbert.video_loss)
-    answers: int = 1  # K: a score per option or count; 2 for "match"; else at least this many answers (FrameQA) or ...
-    all_answers: bool = True  # ... if False, only this many of the most frequent ones; the others count as wrong
+    answers: int = 1  # K: a score per option or count; 2 for "match"; else at least this many answers
     validation: bool = False  # choose best.pt by a "val" split (False: there is none, the last is the best)
+    read: object = None  # (folder, split) -> examples; this, the next two and text_length are those of data.LAYOUTS
+    toy: str = ""  # which part of the toy data has its layout
+    top_answers: int | None = None  # K, only the most frequent answers; the others count as wrong (None: all)
     size: int = 448  # L, pixels
     fps: float = 1.0  # a clip of T frames spans T / fps seconds
     frames: int = 1  # T
     train_clips: int = 1  # N_train
     agg: str = "mean"  # G
-    text_length: int = 25  # Lt at most, [CLS] and [SEP] included
+    text_length: int = 0  # Lt at most, [CLS] and [SEP] included
     batch_size: int = 16  # videos at a time
     grad_accum: int = 2  # ... and how many such batches to an update
     epochs: int = 15
@@ -57,39 +56,29 @@ class Task(NamedTuple):
     tiny: dict = {}  # what the tiny model changes for this task, besides TINY
 
 
-def tgif(kind):
-    return partial(data.read_tgif_qa, kind=kind)
-
-
-def read_msrvtt_mc(folder, split):
-    return (data.read_msrvtt_mc if split == "test" else data.read_msrvtt_retrieval)(folder, split)
-
-
 # Eight clips of two frames, as in the paper's MSRVTT rows.
-RETRIEVAL = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "text_length": 20, "grad_accum": 1, "epochs": 20,
-             "lr": 5e-5}  # fmt: skip
+RETRIEVAL = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "grad_accum": 1, "epochs": 20, "lr": 5e-5}
 
 # TGIF-QA: L, batch and learning rate are the paper's; the reference code's own config has 768, 16 and 5e-5.
 TASKS = {
-    "tgif_qa_action": Task("TGIF-QA action", tgif("action"), "tgif_qa", "choice"),
-    "tgif_qa_transition": Task("TGIF-QA transition", tgif("transition"), "tgif_qa", "choice",
-                               tiny={"max_steps": 1200}),
-    "tgif_qa_frameqa": Task("TGIF-QA FrameQA", tgif("frameqa"), "tgif_qa", "answer", answers=1540),
-    "tgif_qa_count": Task("TGIF-QA count", tgif("count"), "tgif_qa", "count"),
-    "msrvtt_retrieval": Task("MSRVTT retrieval", data.read_msrvtt_retrieval, "msrvtt", "match", 2, **RETRIEVAL),
-    "didemo_retrieval": Task("DiDeMo paragraph retrieval", data.read_didemo, "msrvtt", "match", 2,
-                             **RETRIEVAL | {"validation": True, "text_length": 100, "batch_size": 8, "grad_accum": 4}),
-    "activitynet_retrieval": Task("ActivityNet paragraph retrieval", data.read_activitynet, "msrvtt", "match", 2,
-                                  **RETRIEVAL | {"text_length": 100, "fps": 1.0, "train_clips": 4, "grad_accum": 2,
-                                                 "epochs": 80}),
-    "msrvtt_qa": Task("MSRVTT-QA", data.read_msrvtt_qa, "msrvtt", "answer", 1500, all_answers=False, validation=True,
-                      **RETRIEVAL | {"text_length": 100, "epochs": 10}),
+    "tgif_qa_action": Task("TGIF-QA action", "choice"),
+    "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny={"max_steps": 1200}),
+    "tgif_qa_frameqa": Task("TGIF-QA FrameQA", "answer", answers=1540),
+    "tgif_qa_count": Task("TGIF-QA count", "count"),
+    "msrvtt_retrieval": Task("MSRVTT retrieval", "match", 2, **RETRIEVAL),
+    "didemo_retrieval": Task("DiDeMo paragraph retrieval", "match", 2,
+                             **RETRIEVAL | {"validation": True, "batch_size": 8, "grad_accum": 4}),
+    "activitynet_retrieval": Task("ActivityNet paragraph retrieval", "match", 2,
+                                  **RETRIEVAL | {"fps": 1.0, "train_clips": 4, "grad_accum": 2, "epochs": 80}),
+    "msrvtt_qa": Task("MSRVTT-QA", "answer", validation=True, **RETRIEVAL | {"epochs": 10}),
     # Five captions, scored by a retrieval model: train (or --eval) one; only the test file is this task's own.
-    "msrvtt_mc": Task("MSRVTT multiple choice", read_msrvtt_mc, "msrvtt", "match", 2, **RETRIEVAL),
-    "vqa": Task("VQA v2", data.read_vqa, "vqa", "soft", 3129, all_answers=False, size=768, text_length=20,
-                batch_size=32, grad_accum=1, epochs=5, clip_grad=2.0, test_clips=(1,)),
+    "msrvtt_mc": Task("MSRVTT multiple choice", "match", 2, **RETRIEVAL),
+    "vqa": Task("VQA v2", "soft", size=768, batch_size=32, grad_accum=1, epochs=5, clip_grad=2.0, test_clips=(1,)),
 }  # fmt: skip
-ALIASES = {"tgif_qa": "tgif_qa_action"}
+# How a task's data is read stands in data.py, where `data.py check` needs it, too.
+TASKS = {name: task._replace(**{field: getattr(data.LAYOUTS[name], field)
+                                for field in ("read", "toy", "top_answers", "text_length")})
+         for name, task in TASKS.items()}  # fmt: skip
 
 # What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy frames do not show the
 # answer, and at 1e-3 that noise teaches the scores to ignore the options before attention has learned to match them.
@@ -101,10 +90,11 @@ TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32,
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Parser(description=__doc__)
     add = parser.add_argument
-    add("--task", default="tgif_qa", choices=[*ALIASES, *TASKS], metavar="TASK", help=", ".join([*ALIASES, *TASKS]))
-    add("--data", type=Path, help="the data set's folder (default: the toy data, written to toy_data/)")
+    names = [*data.ALIASES, *TASKS]
+    add("--task", default="tgif_qa", choices=names, metavar="TASK", help=", ".join(names))
+    add("--data", type=data.folder, help="the data set's folder (default: the toy data, written to toy_data/)")
     add("--out", type=Path, help="where to write (default: runs/TASK)")
     # other things to do than train
     add("--eval", type=Path, metavar="CKPT", help="only evaluate this checkpoint of ours")
@@ -114,30 +104,33 @@ def parse_arguments(arguments=None):
     add("--options", nargs="+", default=[], help="multiple choice: the options")
     clipbert.add_flags(parser)
     # hyper-parameters of the tasks; the default is the task's row, printed at the start
-    add("--train_clips", type=clipbert.positive, help="N_train")
+    parser.numbers("--train_clips", high=1000, help="N_train")
     add("--agg", choices=["mean", "max", "lse"], help="G: how clips become a video")
-    add("--test_clips", type=clipbert.positive, nargs="+", help="N_test: evaluate at each of these")
-    add("--rerank", type=clipbert.positive, nargs="+", metavar="K", help="retrieval: score all pairs on one clip, "
-        "then only each caption's best K on all; several K: side by side; as many K as videos: all pairs")  # fmt: skip
+    parser.numbers("--test_clips", high=1000, nargs="+", help="N_test: evaluate at each of these")
+    parser.numbers("--rerank", nargs="+", metavar="K", help="retrieval: score all pairs on one clip, then only each "
+                   "caption's best K on all; several K: side by side; as many K as videos: all pairs")  # fmt: skip
     add("--rank_loss", action="store_true", help="retrieval: a margin between captions, not cross entropy")
     add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
     args = parser.parse_args(arguments)
-    args.task = ALIASES.get(args.task, args.task)
+    args.task = data.ALIASES.get(args.task, args.task)
     args.out = args.out or Path("runs") / args.task
     if args.split != "test" and not args.eval:
         parser.error("--split chooses what --eval CKPT evaluates")
-    if args.predict and not (args.eval and args.question):
-        parser.error("--predict VIDEO needs --eval CKPT and --question TEXT")
+    if (args.predict or args.question or args.options) and not (args.eval and args.predict and args.question):
+        parser.error("--predict VIDEO needs --eval CKPT and --question TEXT, and they need it")
+    if args.rank_loss and TASKS[args.task].kind != "match":
+        parser.error(f"--rank_loss is for retrieval, which {args.task} is not; leave it out")
+    clipbert.check_flags(parser, args)
     return args
 
 
-def settings_for(args, backbone, stored=None):
+def settings_for(args, cfg, stored=None):
     """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
     row = TASKS[args.task]._asdict()
     settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]}
     settings |= {"max_steps": None, "rerank": None}
-    settings |= TINY | row["tiny"] if backbone == "tiny" else {}
-    return clipbert.override(settings | (stored or {}), args)
+    settings |= TINY | row["tiny"] if cfg.backbone == "tiny" else {}
+    return clipbert.override(settings | (stored or {}), args, cfg)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,7 +159,7 @@ def answers_for(task, folder, train):
     """The list of answers of an open-ended task; an answer's place is its label. None for other kinds."""
     if task.kind not in ("answer", "soft"):
         return None  # a score per option, per caption or per count needs no list
-    return data.read_answer_list(folder) or data.answer_list(train, None if task.all_answers else task.answers)
+    return data.read_answer_list(folder) or data.answer_list(train, task.top_answers)
 
 
 def task_row(args, state):
@@ -530,7 +523,8 @@ def prepare(args, state):
         vocabulary, answers = state["vocabulary"], state["answers"]
     else:
         answers = answers_for(task, folder, examples)
-        outputs = max(task.answers, len(answers or [])) if task.all_answers else len(answers)
+        # FrameQA: the reference's max(n, 1540)
+        outputs = len(answers) if task.top_answers else max(task.answers, len(answers or []))
         texts = (text for example in examples for text in data.input_texts(example))
         model, vocabulary = clipbert.start_model(
             lambda cfg: clipbert.ClipBert(cfg, outputs), args,
@@ -539,7 +533,7 @@ def prepare(args, state):
     if answers:
         examples = only_known_answers(examples, set(answers), "training: left out")
         only_known_answers(test, set(answers), "test: counted as wrong")
-    settings = settings_for(args, model.cfg.backbone, state and state["settings"])
+    settings = settings_for(args, model.cfg, state and state["settings"])
     tokenizer = data.build_tokenizer(vocabulary)
     device = clipbert.choose_device(args)
     run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind)
@@ -573,7 +567,7 @@ def load_for_use(args):
     """A fine-tuned checkpoint, ready to answer: (run, model)."""
     state = clipbert.load_checkpoint(args.eval)
     model = model_from(state, args.eval, args.task)
-    settings = settings_for(args, None, state["settings"])
+    settings = settings_for(args, model.cfg, state["settings"])
     task, device = task_row(args, state), clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data(task.toy) / task.toy)

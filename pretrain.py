@@ -7,14 +7,15 @@
     python pretrain.py --data msrvtt --frames 2 --fps 2           captioned videos: the same loop, one clip per video
     python pretrain.py --data DIR --eval runs/pretrain/last.pt    only evaluate
     python pretrain.py --resume                                   go on after an interruption
+    torchrun --nproc_per_node=8 pretrain.py --data coco vg --model base     the paper's eight GPUs
 
 DIR holds COCO's captions_*.json, Visual Genome's region_descriptions.json, MSRVTT's json, or any .csv or .jsonl with
 the columns path and caption, and the images or videos. Validation captions are those of a val file there; without one,
 a tenth of the images is held out. Everything is written to runs/pretrain/: config.json, log.jsonl (a line a step or
-evaluation), last.pt, best.pt (lowest validation loss) and metrics.json.
+evaluation), last.pt and the one before it, previous.pt, best.pt (lowest validation loss) and metrics.json; and
+nonfinite.pt, if the loss stopped being a number.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -58,27 +59,29 @@ TINY = {"size": 64, "captions": 6, "grad_accum": 1, "lr": 3e-4, "max_steps": 120
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Parser(description=__doc__)
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", metavar="DIR", help="folders of captioned images (default: the toy photos)")
-    add("--ratio", type=float, nargs="+", help="batches from each of several DIRs (default: by number of images)")
+    add("--data", type=data.folder, nargs="+", metavar="DIR", help="folders of captioned images (default: toy photos)")
+    parser.numbers("--ratio", kind=float, low=1e-6, nargs="+",
+                   help="batches from each of several DIRs (default: by number of images)")  # fmt: skip
     add("--out", type=Path, default=Path("runs/pretrain"), help="where to write")
     add("--eval", type=Path, metavar="CKPT", help="only evaluate this checkpoint of pretraining")
     clipbert.add_flags(parser)
     # hyper-parameters of pretraining; the default is the paper's, printed at the start
-    add("--keep", type=clipbert.positive, help="random grid tokens that a training step keeps")
-    add("--captions", type=clipbert.positive, help="of an image at a time")
-    add("--mask_rate", type=float, help="the share of words that are masked")
+    parser.numbers("--keep", help="random grid tokens that a training step keeps")
+    parser.numbers("--captions", high=1000, help="of an image at a time")
+    parser.numbers("--mask_rate", kind=float, low=0.001, high=1, help="the share of words that are masked")
     add("--mlm_over", choices=["masked", "all"], help="average the MLM loss over masked tokens, or all positions")
     add("--allow_missing", action="store_true", help="leave out captions whose image is missing")
     args = parser.parse_args(arguments)
-    if args.ratio and (len(args.ratio) != len(args.data or [None]) or min(args.ratio) <= 0):
-        parser.error("--ratio wants one positive number for each DIR of --data")
+    if args.ratio and len(args.ratio) != len(args.data or [None]):
+        parser.error(f"--ratio wants a number for each DIR of --data, of which there are {len(args.data or [None])}")
+    clipbert.check_flags(parser, args)
     return args
 
 
-def settings_for(args, tiny, stored=None):
-    return clipbert.override(PAPER | (TINY if tiny else {}) | (stored or {}), args)
+def settings_for(args, cfg, stored=None):
+    return clipbert.override(PAPER | (TINY if cfg.backbone == "tiny" else {}) | (stored or {}), args, cfg)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,7 +306,7 @@ def prepare(args, model, state):
             clipbert.ClipBertForPreTraining, args,
             lambda: text_vocabulary(sources, args), lambda: data.read_vocabulary(args.bert),
         )  # fmt: skip
-    settings = settings_for(args, model.cfg.backbone == "tiny", state and state["settings"])
+    settings = settings_for(args, model.cfg, state and state["settings"])
     return Run(sources, settings, device, data.build_tokenizer(vocabulary), args.seed, args.blind), model, vocabulary
 
 

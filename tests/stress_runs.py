@@ -31,16 +31,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import clipbert  # noqa: E402
-import data  # noqa: E402
-import finetune  # noqa: E402
+import clipbert
+import data
+import finetune
 
 SMALL = ["--batch_size", 4, "--size", 32, "--test_clips", 1]
 
 
 def job(script, arguments, log, before):
     """What a started process does: training, its output in a file."""
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     before()
     clipbert.main(script.run_training, script.parse_arguments([str(argument) for argument in arguments]))
 
@@ -49,9 +49,9 @@ def nothing():
     pass
 
 
-def start(folder, out, *more, before=nothing, script=None):
+def start(folder, out, *more, before=nothing, script=finetune):
     """Fine-tuning as a forked process (nothing is imported again); it writes what it says to <out>.txt."""
-    script, small = (script, SMALL[:4]) if script else (finetune, SMALL)
+    small = SMALL if script is finetune else SMALL[:4]
     arguments = ["--data", folder, "--out", out, *small, *more]
     process = multiprocessing.get_context("fork").Process(target=job, args=(script, arguments, f"{out}.txt", before))
     process.start()
@@ -89,7 +89,7 @@ def logged(out):
     return [json.loads(line)["step"] for line in text.splitlines()]
 
 
-def wait_for_step(out, step, process):
+def wait_for(out, step, process):
     """Until this step is logged (every tenth, or with a checkpoint)."""
     while process.is_alive() and step not in logged(out):
         time.sleep(0.005)
@@ -169,12 +169,14 @@ def disk(folder, work):
 def mount(out, *options):
     """A small file system of its own, where that is permitted."""
     out.mkdir(exist_ok=True)
-    return not subprocess.run(["mount", *options, "-t", "tmpfs", "tmpfs", out], stderr=subprocess.DEVNULL).returncode
+    command = ["mount", *options, "-t", "tmpfs", "tmpfs", out]
+    return not subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
 
 
 def remount(out, options):
     """-> whether it went; not while a file there is open for writing."""
-    return not subprocess.run(["mount", "-o", f"remount,{options}", out], stderr=subprocess.DEVNULL).returncode
+    command = ["mount", "-o", f"remount,{options}", out]
+    return not subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
 
 
 def unmount(out):
@@ -208,7 +210,7 @@ def read_only(folder, out, steps):
 def read_only_later(folder, out, steps):
     mounted = mount(out)
     process = start(folder, out, *steps)
-    wait_for_step(out, 5, process)
+    wait_for(out, 5, process)
     if mounted:
         while process.is_alive() and not remount(out, "ro"):
             time.sleep(0.001)
@@ -225,7 +227,7 @@ def read_only_later(folder, out, steps):
 
 def vanish(folder, out, steps):
     process = start(folder, out, *steps, "--workers", 2)
-    wait_for_step(out, 5, process)
+    wait_for(out, 5, process)
     (folder / "gifs").rename(folder / "elsewhere")
     code = finish(process)
     (folder / "elsewhere").rename(folder / "gifs")
@@ -234,7 +236,7 @@ def vanish(folder, out, steps):
 
 def kill_worker(folder, out, steps):
     process = start(folder, out, *steps, "--workers", 2)
-    wait_for_step(out, 5, process)
+    wait_for(out, 5, process)
     os.kill(children(process)[0], signal.SIGKILL)
     return "kill -9 of one of two", finish(process), ["--workers", 2]
 

@@ -206,7 +206,6 @@ def test_captions_of_ones_own(tmp_path):
     (JUMPS + "\tmore", "11 columns"),
     (JUMPS.replace("\tnod", "\t "), "option 4 is blank"),
     (JUMPS.replace("What does the dog do ?", " "), "question is blank"),
-    (JUMPS.replace("ACTION2", "ACTION1"), "id 'ACTION1' is there twice"),
     (JUMPS.replace("dog", "d\0g"), "byte 0x00"),
     (JUMPS.replace("dog", "d" * 30_000), "question has 30,019 characters"),
     (JUMPS.replace("dog", "d" * 200_000), "field larger than field limit"),
@@ -217,6 +216,17 @@ def test_malformed_table_rows(tmp_path, line, what):
                  f"{ACTION}\r\n{WAVES}\r\n{line}\r\n{JUMPS.replace('N2', 'N3')}\r\n")
     message = error(data.read_tgif_qa, tmp_path, "action", "train")
     assert message.startswith(f"{path}:3: ") and what in message
+
+
+def test_ids_that_stand_twice_are_counted_where_nothing_depends_on_them(tmp_path, capsys):
+    path = write(tmp_path, "Train_action_question.csv", f"{ACTION}\n{WAVES}\n{JUMPS.replace('ACTION2', 'ACTION1')}\n")
+    assert [e.answer for e in data.read_tgif_qa(tmp_path, "action", "train")] == [3, 0]
+    assert capsys.readouterr().err == f"note: 1 of 2 ids were there before; the first is {path}:3: id 'ACTION1'\n"
+    vqa(tmp_path, ["yes"] * 10)  # here they join two files, so one of two answers would be the wrong one
+    answers = tmp_path / "v2_mscoco_train2014_annotations.json"
+    answers.write_text(answers.read_text().replace("[{", "[{}, {", 1).replace("{}", json.dumps(
+        {"question_id": 90, "image_id": 9, "answers": [{"answer": "no"}] * 10})))
+    assert "question_id '90' is there twice" in error(data.read_vqa, tmp_path, "train")
 
 
 @pytest.mark.parametrize("content, what", [

@@ -10,10 +10,11 @@ import socket
 
 import pytest
 import torch
-from stress_runs import errors, finish, logged, start, tensors, wait_for_step
+from stress_runs import errors, finish, logged, same, start, tensors, wait_for
 
 import clipbert
 import data
+import finetune
 import pretrain
 
 STEPS = ["--max_steps", 20, "--save_every", 10]
@@ -46,32 +47,39 @@ def two(*arguments, **options):
     return [start(*arguments, **options, before=rank(number, port)) for number in (0, 1)]
 
 
-@pytest.mark.parametrize("script", ["finetune", "pretrain"])
-def test_two_processes_equal_one_with_twice_the_accumulation(toy, tmp_path, script):
-    folder = toy / ("tgif_qa" if script == "finetune" else "coco_captions")
-    job = pretrain if script == "pretrain" else None
-    assert finish(start(folder, tmp_path / "one", *STEPS, "--grad_accum", 2, script=job)) == 0
-    assert [finish(process) for process in two(folder, tmp_path / "two", *STEPS, script=job)] == [0, 0]
-    one, other = (clipbert.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-            for name in ("one", "two")]  # fmt: skip
-    for row, same in zip(*logs, strict=True):
-        assert row == pytest.approx(same, abs=1e-4)
+@pytest.fixture(scope="module")
+def fine_tuned(toy, tmp_path_factory):
+    """Two processes, undisturbed."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    assert [finish(process) for process in two(toy / "tgif_qa", out, *STEPS)] == [0, 0]
+    return out
 
 
-def test_two_processes_stop_at_the_same_step_and_go_on(toy, tmp_path):
-    """A signal that reaches only one of them, and at any step."""
+@pytest.mark.parametrize("script", [finetune, pretrain], ids=["finetune", "pretrain"])
+def test_two_processes_equal_one_with_twice_the_accumulation(toy, tmp_path, fine_tuned, script):
+    one, other = tmp_path / "one", fine_tuned
+    folder = toy / ("tgif_qa" if script is finetune else "coco_captions")
+    if script is pretrain:
+        other = tmp_path / "two"
+        assert [finish(process) for process in two(folder, other, *STEPS, script=script)] == [0, 0]
+    assert finish(start(folder, one, *STEPS, "--grad_accum", 2, script=script)) == 0
+    weights, twins = (clipbert.load_checkpoint(out / "last.pt")["model"] for out in (one, other))
+    for name in weights:
+        torch.testing.assert_close(weights[name], twins[name], rtol=0, atol=1e-5)
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, other)]
+    for row, twin in zip(*logs, strict=True):
+        assert row == pytest.approx(twin, abs=1e-4)
+
+
+def test_two_processes_stop_at_the_same_step_and_go_on(toy, tmp_path, fine_tuned):
+    """Though the signal reaches only one of them."""
     folder, out = toy / "tgif_qa", tmp_path / "run"
-    assert [finish(process) for process in two(folder, tmp_path / "whole", *STEPS)] == [0, 0]
     processes = two(folder, out, "--max_steps", 20, "--save_every", 1)
-    wait_for_step(out, 2, processes[0])
+    wait_for(out, 2, processes[0])
     os.kill(processes[1].pid, signal.SIGTERM)
     assert [finish(process) for process in processes] == [143, 143]
     stopped_at = clipbert.load_checkpoint(out / "last.pt")["step"]
     assert stopped_at in (10, 20) and f"after step {stopped_at} of 20" in errors(out)[-1]
     assert [finish(process) for process in two(folder, out, *STEPS, "--resume")] == [0, 0]
-    whole, resumed = tensors(tmp_path / "whole" / "last.pt"), tensors(out / "last.pt")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same(tensors(fine_tuned / "last.pt"), tensors(out / "last.pt"))
     assert logged(out) == list(range(1, 21))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stress_runs import errors, finish, logged, resume, same, start, tensors, wait_for_step
+from stress_runs import errors, finish, logged, resume, same, start, tensors, wait_for
 
 import clipbert
 import data
@@ -75,7 +75,7 @@ def test_signal_finishes_the_step_saves_and_says_how_to_go_on(toy, whole, tmp_pa
     """Though no checkpoint is due; with a worker, which the signal reaches, too."""
     out, steps = tmp_path / "run", ["--max_steps", 12, "--save_every", 100, "--workers", 1]
     process = start(toy, out, *steps, before=os.setpgrp)
-    wait_for_step(out, 10, process)
+    wait_for(out, 10, process)
     os.killpg(process.pid, number)
     assert finish(process) == 128 + number
     stopped_at = clipbert.load_checkpoint(out / "last.pt")["step"]
@@ -141,7 +141,7 @@ def full_disk(state, file):
     try:
         raise OSError(errno.ENOSPC, "No space left on device")
     except OSError:
-        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 4 vs 2")  # noqa: B904
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 4 vs 2") from None
 
 
 def test_disk_full_is_one_line_and_leaves_the_old_checkpoint(toy, whole, tmp_path, capsys, monkeypatch):
@@ -249,7 +249,7 @@ def test_vanished_data_are_one_line_and_the_run_goes_on_when_they_are_back(toy, 
     shutil.copytree(toy, folder)
     more = ["--max_steps", 12, "--save_every", 1, "--workers", workers]
     process = start(folder, out, *more)
-    wait_for_step(out, 2, process)
+    wait_for(out, 2, process)
     (folder / "gifs").rename(folder / "elsewhere")
     assert finish(process) == 2
     (line,) = errors(out)
@@ -262,7 +262,7 @@ def test_vanished_data_are_one_line_and_the_run_goes_on_when_they_are_back(toy, 
 def test_worker_that_is_killed_is_one_line(toy, whole, tmp_path):
     out, more = tmp_path / "run", [*STEPS, "--workers", 1]
     process = start(toy, out, *more)
-    wait_for_step(out, 2, process)
+    wait_for(out, 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         pytest.skip("no /proc to find the worker in")

@@ -1,0 +1,174 @@
+"""Wrong command lines: exit code 2 and exactly one line, which names the thing and the remedy.
+
+Each row of WRONG is a command as it would be typed. {toy}, {run}, {captions} and {tmp} stand for folders: toy data, a
+short run on it and one of pretraining, photos with captions, and an empty folder beside a few bad files.
+"""
+
+import pickle
+import shlex
+
+import pytest
+import torch
+
+import clipbert
+import data
+import finetune
+import pretrain
+
+
+def command(line):
+    """Run `finetune ...`, `pretrain ...` or `data ...` in this process."""
+    script, *arguments = shlex.split(line)
+    if script == "data":
+        return data.main(arguments)
+    module = {"finetune": finetune, "pretrain": pretrain}[script]
+    args = module.parse_arguments(arguments)
+    predict, evaluate = getattr(args, "predict", None), args.eval
+    job = finetune.run_prediction if predict else module.run_evaluation if evaluate else module.run_training
+    clipbert.main(job, args)
+
+
+class Attack:
+    """Unpickled, it would run a command."""
+
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('attacked').touch()",))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("commands")
+    places = {name: tmp / name for name in ("tmp", "toy", "captions", "run", "pre")}
+    data.write_toy_tgif_qa(places["toy"], train=4, test=2)
+    data.write_toy_coco(places["captions"], train=4, val=2)
+    (tmp / "tmp" / "empty").mkdir(parents=True)
+    (tmp / "tmp" / "text.pt").write_text("not a checkpoint")
+    (tmp / "tmp" / "attack.pt").write_bytes(pickle.dumps(Attack()))
+    torch.save({"model": Attack()}, tmp / "tmp" / "attack2.pt")
+    torch.save([1, 2], tmp / "tmp" / "list.pt")
+    torch.save({"config": {"n_layer": 12}, "model": {}}, tmp / "tmp" / "gpt.pt")
+    torch.save({"conv.weight": torch.zeros(1)}, tmp / "tmp" / "other.pt")
+    (tmp / "tmp" / "bad.gif").write_bytes(b"GIF89a")
+    small = "--batch_size 2 --max_steps 1 --test_clips 1"
+    command(f"finetune --data {tmp}/toy --out {tmp}/run {small}")
+    command(f"pretrain --data {tmp}/captions --out {tmp}/pre --batch_size 2 --max_steps 1")
+    return places
+
+
+EVAL = "finetune --data {toy} --eval {run}/best.pt"
+WRONG = [  # command, words of its one line
+    ("finetune --task tgif", "invalid choice: 'tgif' tgif_qa_action"),
+    ("pretrain --model large", "invalid choice: 'large' tiny base"),
+    ("finetune --agg median", "invalid choice: 'median' lse"),
+    ("finetune --learning_rate 1", "unrecognized arguments: --learning_rate --help"),
+    ("finetune {toy}", "unrecognized arguments toy --help"),
+    ("pretrain --task tgif_qa", "unrecognized arguments: --task --help"),
+    ("finetune --size", "--size: expected one argument"),
+    ("finetune --size big", "--size: 'big' is not a whole number from 16"),
+    ("finetune --size 1.5", "'1.5' is not a whole number"),
+    ("finetune --data {toy} --size 8", "'8' is not a whole number from 16"),
+    ("finetune --data {toy} --size 2000", "--size 2000 this model's grid takes 16 to 1600 pixels"),
+    ("finetune --data {toy} --frames 1000000", "--frames: '1000000' is not a whole number from 1 to 256"),
+    ("finetune --data {toy} --test_clips 0", "--test_clips: '0' is not a whole number from 1"),
+    ("finetune --data {toy} --batch_size -4", "--batch_size: '-4' is not a whole number from 1"),
+    ("finetune --lr nan", "--lr: 'nan' is not a number from 0"),
+    ("finetune --lr=-1e-4", "--lr: '-1e-4' is not a number from 0"),
+    ("pretrain --lr inf", "--lr: 'inf' is not a number from 0"),
+    ("finetune --fps 0", "--fps: '0' is not a number from 0.001"),
+    ("finetune --clip_grad 0", "--clip_grad: '0' is not a number from 1e-06"),
+    ("pretrain --mask_rate 1.5", "--mask_rate: '1.5' is not a number from 0.001 to 1"),
+    ("finetune --workers -1", "--workers: '-1' is not a whole number from 0 to 256"),
+    ("finetune --seed=-1", "--seed: '-1' is not a whole number from 0"),
+    ("finetune --text_length 1", "--text_length: '1' is not a whole number from 3 to 512"),
+    ("finetune --text_length 513", "--text_length: '513' is not a whole number from 3 to 512"),
+    ("finetune --precision fp64", "--precision invalid choice: 'fp64' fp32"),
+    ("finetune --data {tmp}/nowhere", "--data nowhere: no such folder; give the one that holds the data set"),
+    ("finetune --data {tmp}/text.pt", "--data text.pt: no such folder; give"),
+    ("finetune --data {tmp}/empty", "empty: no annotation file; looked for Train_action_question*.csv"),
+    ("finetune --task msrvtt_qa --data {toy}", "toy: no annotation file; looked for train_qa*.json"),
+    ("pretrain --data {toy}/gifs", "gifs: no train captions; looked for *captions_train*.json"),
+    ("pretrain --data {captions} --ratio 1 2", "--ratio wants a number for each DIR of --data, of which there are 1"),
+    ("pretrain --data {captions} --ratio 0", "--ratio: '0' is not a number from 1e-06"),
+    ("finetune --data {toy} --out {tmp}/text.pt/run", "text.pt/run Not a directory another --out"),
+    ("finetune --data {toy} --out {run} --resume --task tgif_qa_count", "last.pt: tgif_qa_action can't go on as"),
+    ("finetune --data {toy} --out {tmp}/empty --resume", "last.pt: no such checkpoint start anew without --resume"),
+    ("finetune --data {toy} --init {tmp}/none.pt", "none.pt: no such checkpoint give a file"),
+    ("finetune --data {toy} --init {toy}", "toy: no such checkpoint (Is a directory) give a file"),
+    ("finetune --data {toy} --init {tmp}/text.pt", "text.pt: not a whole checkpoint copy the file again"),
+    ("finetune --data {toy} --init {tmp}/attack.pt", "attack.pt: Code in a pickle never runs"),
+    ("finetune --data {toy} --init {tmp}/attack2.pt", "attack2.pt: Code in a pickle never runs"),
+    ("finetune --data {toy} --eval {tmp}/attack2.pt", "attack2.pt: Code in a pickle never runs"),
+    ("pretrain --data {captions} --eval {tmp}/attack.pt", "attack.pt: Code in a pickle never runs"),
+    ("finetune --data {toy} --init {tmp}/list.pt", "list.pt: holds a list, not a checkpoint's"),
+    ("finetune --data {toy} --init {tmp}/gpt.pt", "config is not one of ClipBERT's; give"),
+    ("finetune --data {toy} --init {run}/best.pt --model base", "best.pt: not a checkpoint of the base model leave"),
+    ("finetune --data {toy} --init {run}/best.pt --resume", "--init, --resume and --eval exclude each other choose"),
+    ("finetune --data {toy} --eval {pre}/best.pt", "best.pt: not a fine-tuned checkpoint of ours --init"),
+    ("pretrain --data {captions} --eval {run}/best.pt", "best.pt: not a checkpoint of pretrain.py; start --init"),
+    (EVAL + " --task tgif_qa_frameqa", "best.pt: a checkpoint of --task tgif_qa_action, not tgif_qa_frameqa"),
+    (EVAL + " --predict {toy}/gifs/toy_test_0000.gif", "--predict VIDEO needs --eval CKPT and --question TEXT"),
+    (EVAL + " --question 'what ?'", "--predict VIDEO needs --eval CKPT and --question TEXT"),
+    (EVAL + " --predict x.gif --question q", "--task tgif_qa_action: multiple choice takes --options"),
+    (EVAL + " --predict {tmp}/x.gif --question q --options a b", "x.gif: no such file; check the path"),
+    (EVAL + " --predict {tmp}/bad.gif --question q --options a b", "bad.gif: replace or remove it"),
+    ("finetune --data {toy} --rank_loss", "--rank_loss is for retrieval tgif_qa_action leave it out"),
+    ("finetune --data {toy} --bert {toy}", "--bert for --model base; add that, or leave"),
+    ("data", "arguments are required: command"),
+    ("data chek", "invalid choice: 'chek' check"),
+    ("data check --task tgif", "invalid choice: 'tgif' tgif_qa_action"),
+    ("data check --data {tmp}/nowhere", "--data nowhere: no such folder; give"),
+    ("data check --data {toy} --text_length 2", "--text_length: '2' is not a whole number from 3"),
+    ("data check --data {toy} --bert {tmp}/empty", "no vocabulary give --bert DIR"),
+    ("data check --data {toy} --report {tmp}/none/report.tsv", "none/report.tsv: No such file or directory; choose"),
+    ("data toy {tmp}/text.pt", "text.pt/tgif_qa/gifs: Not a directory; choose another place"),
+]  # fmt: skip
+if not torch.cuda.is_available():
+    WRONG.append(("finetune --data {toy} --precision fp16", "--precision fp16 needs a GPU: choose fp32 or bf16"))
+
+
+@pytest.mark.parametrize("line, words", WRONG, ids=[line for line, _ in WRONG])
+def test_a_wrong_command_ends_in_one_line(line, words, places, capsys, tmp_path, monkeypatch, recwarn):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command(line.format(**places))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and not recwarn.list  # a warning would be a second line
+    assert message.startswith("error: ") and message.endswith("\n") and message.count("\n") == 1, message
+    assert len(message) < 700 and message[:-1].isprintable()
+    place = 0
+    for word in words.split():  # in this order
+        assert word in message[place:], (word, message)
+        place = message.index(word, place)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_at_least_forty_commands_are_tried():
+    assert len({line for line, _ in WRONG}) == len(WRONG) >= 40
+
+
+def test_an_attack_would_work_without_weights_only(places, tmp_path, monkeypatch):
+    """That the refusals above mean something."""
+    monkeypatch.chdir(tmp_path)
+    torch.load(places["tmp"] / "attack2.pt", weights_only=False)
+    assert (tmp_path / "attacked").exists()
+
+
+def test_debug_shows_where_it_happened(places):
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        command(f"finetune --data {places['toy']} --init none.pt --debug")
+
+
+@pytest.mark.parametrize("size, fits", [(63, False), (64, True), (6400, True), (6401, False)])
+def test_a_size_that_the_grid_of_the_base_model_cannot_take(size, fits):
+    args = type("Arguments", (), {"size": None})
+    if fits:
+        assert clipbert.override({"size": size}, args, clipbert.ClipBertConfig.base()) == {"size": size}
+    else:
+        with pytest.raises(ValueError, match=f"--size {size}: this model's grid takes 64 to 6400 pixels"):
+            clipbert.override({"size": size}, args, clipbert.ClipBertConfig.base())
+
+
+def test_bf16_needs_no_gpu(places, tmp_path):
+    short = "--batch_size 2 --max_steps 1 --test_clips 1"
+    command(f"finetune --data {places['toy']} --out {tmp_path} --precision bf16 {short}")
+    assert (tmp_path / "metrics.json").exists()
