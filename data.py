@@ -15,6 +15,7 @@ video that is simply its i-th frame, and variable rates need no special care.
 """
 
 import argparse
+import bisect
 import csv
 import functools
 import io
@@ -584,9 +585,9 @@ def find_media(folder, name, suffixes=VIDEOS + IMAGES):
 
 TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
 MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
-LONG_VIDEO = 20.0  # seconds; below this, decoding everything once is cheaper than opening and seeking several times
-MERGE_GAP = 2.0  # seconds; wanted frames closer than this share one seek
+SEEK_COST = 10  # frames that are decoded in the time of one more seek (opening the file again, parsing its header)
 SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, which with B-frames is a few frames ahead of what is shown
+SEEKS = 16  # in one ffmpeg process: each needs a decoder of its own
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 # Only containers that hold their own pixels: playlists, concat scripts and image patterns could open other files.
 VIDEO_FORMATS = ("asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,"
@@ -603,7 +604,8 @@ class Media(NamedTuple):
     width: int  # as displayed, rotation applied
     height: int
     start: float = 0.0  # seconds between the start of the file (perhaps its sound) and the first frame
-    reader: str = "pillow"  # "pillow", "ffmpeg", or "ffmpeg-seek" for a container in which seeking is exact
+    reader: str = "pillow"  # or "ffmpeg"
+    keys: tuple[int, ...] = ()  # key frames, at which decoding can start; none for a container that seeks inexactly
 
 
 # -------------------------------------------------- which frames
@@ -744,8 +746,9 @@ def _ffmpeg(path: str, arguments: list[str]) -> tuple[bytes, str]:
 
 def _input(path: str, *options: str) -> list[str]:
     # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an address.
+    threads = "1" if torch.utils.data.get_worker_info() else "2"  # several workers keep the cores busy as it is
     return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels", str(MAX_PIXELS),
-            "-threads", "1", *options, "-i", "file:" + path]  # fmt: skip
+            "-threads", threads, *options, "-i", "file:" + path]  # fmt: skip
 
 
 def _find(pattern: str, text: str) -> str | None:
@@ -754,8 +757,12 @@ def _find(pattern: str, text: str) -> str | None:
 
 
 def _probe_video(path: str) -> Media:
-    """Parse the header as ffmpeg prints it (no ffprobe is bundled); about 25 ms."""
-    _, log = _ffmpeg(path, _input(path))
+    """Parse the header as ffmpeg prints it (no ffprobe is bundled) and list the key frames; about 25 ms.
+
+    The key frames come for nothing in MP4, whose header has them; a Matroska file is read, not decoded, to its end.
+    """
+    listing = ["-map", "0:V:0?", "-c", "copy", "-f", "framecrc", "pipe:1"]  # a line a packet
+    packets, log = _ffmpeg(path, ["-nostats", *_input(path, "-discard", "nokey"), *listing])
     if "\nInput #0" not in "\n" + log:
         reason = (log.strip().splitlines() or ["no reason given"])[-1]
         raise DataError(f"{path}: not a readable image or video ({reason}); replace or remove it")
@@ -775,13 +782,19 @@ def _probe_video(path: str) -> Media:
     duration = sum(float(x) * unit for x, unit in zip(clock.split(":"), (3600, 60, 1), strict=True)) if clock else 0.0
     fps = float(_find(r", ([\d.]+) fps", line) or 0)
     container = _find(r"^Input #0, (\w+)", log)
-    reader = "ffmpeg-seek" if container in SEEKABLE and duration > 0 else "ffmpeg"
     if fps % 1 and round(math.ceil(fps) * 1000 / 1001, 2) == fps:
         fps = math.ceil(fps) * 1000 / 1001  # NTSC: "29.97" is 30000/1001, which matters after some minutes
     if container not in TIMED or duration == 0 or not 0 < fps <= 1000:
         fps, duration = _count_packets(path, fps)
     num_frames = max(round((duration - start) * fps), 1)
-    return Media(num_frames, fps, width, height, start, reader)
+    keys = _key_times(packets.decode()) if container in SEEKABLE else []
+    return Media(num_frames, fps, width, height, start, "ffmpeg", tuple(round((t - start) * fps) for t in keys))
+
+
+def _key_times(packets: str) -> list[float]:
+    """Seconds at which key frames begin, from ffmpeg's list of packets: `stream, dts, pts, ...`, F=flags if no key."""
+    num, den = map(int, (_find(r"^#tb 0: (\d+/\d+)", packets) or "0/1").split("/"))
+    return sorted(int(pts) * num / den for pts in re.findall(r"^0, *-?\d+, *(-?\d+),(?!.*F=)", packets, re.MULTILINE))
 
 
 def _count_packets(path: str, fps: float) -> tuple[float, float]:
@@ -799,18 +812,31 @@ def _count_packets(path: str, fps: float) -> tuple[float, float]:
 
 def _read_video(path: str, media: Media, wanted: list[int], size: int) -> Tensor:
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
-    segments = [(0, wanted)]  # (index at which decoding starts, wanted indices)
-    if media.reader == "ffmpeg-seek" and media.num_frames / media.fps > LONG_VIDEO:
-        gap = MERGE_GAP * media.fps
-        cuts = [k for k in range(1, len(wanted)) if wanted[k] - wanted[k - 1] > gap]
-        parts = [wanted[a:b] for a, b in zip([0, *cuts], [*cuts, len(wanted)], strict=True)]
-        segments = [(max(part[0] - SEEK_LEAD, 0), part) for part in parts]
-    frames = _decode(path, media, segments, size)
+    segments = _plan(media, wanted)
+    parts = [_decode(path, media, segments[k : k + SEEKS], size) for k in range(0, len(segments), SEEKS)]
+    frames = torch.cat(parts) if len(parts) > 1 else parts[0]
     if len(frames) < len(wanted):  # a truncated file: seeking beyond its end finds nothing, one pass the last frame
         frames = _decode(path, media, [(0, wanted)], size)
     if len(frames) < len(wanted):
         raise DataError(f"{path}: no frame could be decoded; replace or remove it")
     return frames
+
+
+def _plan(media: Media, wanted: list[int]) -> list[tuple[int, list[int]]]:
+    """[(index at which decoding starts, wanted indices)]: seek only where that spares more than it costs.
+
+    A seek lands on a key frame. Clips with none between them share one: the second would decode the first's frames
+    again. Short videos thus mostly need no seek at all, long ones about one a clip.
+    """
+    segments, decoded = [(0, [])], 0
+    for i in wanted:
+        origin = i - SEEK_LEAD
+        before = bisect.bisect(media.keys, origin - 0.14 * media.fps)  # ffmpeg itself steps back by 3/23 s
+        if before and media.keys[before - 1] > decoded + SEEK_COST:
+            segments.append((origin, []))
+        segments[-1][1].append(i)
+        decoded = i
+    return [segment for segment in segments if segment[1]]
 
 
 def _decode(path: str, media: Media, segments: list[tuple[int, list[int]]], size: int) -> Tensor:
@@ -832,14 +858,14 @@ def _decode(path: str, media: Media, segments: list[tuple[int, list[int]]], size
         chains.append(
             f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
             f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
-            f"scale={w}:{h}:flags=bilinear,format=rgb24,pad={size}:{size}:0:0:black[v{k}]"
+            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black[v{k}]"
         )
     labels = "".join(f"[v{k}]" for k in range(len(segments)))
     graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])
     output = ["-filter_complex", graph, "-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
     raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, *output])
-    pixels = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
-    return pixels.view(-1, size, size, 3).permute(0, 3, 1, 2)
+    planes = np.frombuffer(raw, np.uint8).reshape(-1, 3, size, size)  # whole planes, green first
+    return torch.from_numpy(planes[:, [2, 0, 1]])
 
 
 # -------------------------------------------------- the three functions the data sets use

@@ -145,11 +145,8 @@ X264 = ["-c:v", "libx264", "-preset", "ultrafast", "-bf", "3", "-b_strategy", "0
 MANY = [99, 0, 41, 41, 7, 98, 60, 1, 42]
 
 
-@pytest.fixture
-def seeking(monkeypatch):
-    """Treat every video as a long one, with a seek for almost every frame."""
-    monkeypatch.setattr(media, "LONG_VIDEO", 0.0)
-    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+def seek_always(monkeypatch):
+    monkeypatch.setattr(media, "_plan", lambda _, wanted: [(max(i - media.SEEK_LEAD, 0), [i]) for i in wanted])
 
 
 @pytest.mark.parametrize("gop", [5, 250])
@@ -166,7 +163,8 @@ def test_every_frame_of_a_constant_rate_video(tmp_path, suffix, fps, gop):
 
 @pytest.mark.parametrize("gop", [5, 250])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_seeking_finds_the_same_frames(tmp_path, seeking, suffix, gop):
+def test_seeking_finds_the_same_frames(tmp_path, monkeypatch, suffix, gop):
+    seek_always(monkeypatch)
     path = make_video(tmp_path / f"video{suffix}", 100, *X264, "-g", gop, fps="30000/1001")
     assert numbers(media.read_frames(path, MANY, SIZE)) == MANY
     assert numbers(media.read_frames(path, range(3, 100, 16), SIZE)) == list(range(3, 100, 16))
@@ -179,8 +177,7 @@ VFR = "settb=1/1000,setpts='(N*0.04+N*N*0.002)/TB'"  # frame i begins at .04 i +
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_variable_rate_follows_the_clock(tmp_path, monkeypatch, suffix, seek):
     if seek:
-        monkeypatch.setattr(media, "LONG_VIDEO", 0.0)
-        monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+        seek_always(monkeypatch)
     options = ["-vf", VFR, "-fps_mode", "vfr", "-enc_time_base", "1/1000", *X264, "-g", 12]
     path = make_video(tmp_path / f"video{suffix}", 50, *options)
     found = media.probe(path)
@@ -192,8 +189,8 @@ def test_variable_rate_follows_the_clock(tmp_path, monkeypatch, suffix, seek):
 
 @pytest.mark.parametrize("long", [False, True])
 def test_video_that_begins_after_its_sound(tmp_path, monkeypatch, long):
-    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
-    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    if long:
+        seek_always(monkeypatch)
     silent = make_video(tmp_path / "silent.mp4", 50, *X264)
     path = tmp_path / "late.mkv"
     sound = ["-f", "lavfi", "-i", "sine=duration=2"]
@@ -204,8 +201,8 @@ def test_video_that_begins_after_its_sound(tmp_path, monkeypatch, long):
 
 @pytest.mark.parametrize("long", [False, True])
 def test_edit_list(tmp_path, monkeypatch, long):
-    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
-    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    if long:
+        seek_always(monkeypatch)
     whole = make_video(tmp_path / "whole.mp4", 100, *X264, "-g", 25)
     path = tmp_path / "cut.mp4"  # cut at 1.48 s without re-encoding: the file keeps frame 25, an edit list hides it
     ffmpeg("-ss", 1.48, "-i", whole, "-c", "copy", path)
@@ -231,8 +228,8 @@ def test_rotation(tmp_path):
 
 @pytest.mark.parametrize("long", [False, True])
 def test_truncated_video_repeats_its_last_frame(tmp_path, monkeypatch, long):
-    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
-    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    if long:
+        seek_always(monkeypatch)
     path = make_video(tmp_path / "video.mp4", 100, *X264, "-g", 10, "-movflags", "faststart")
     data = path.read_bytes()
     path.write_bytes(data[: (data.index(b"mdat") * 4 + len(data) * 6) // 10])  # 60% of the pictures
@@ -284,7 +281,7 @@ def make_gif(path, n=8, duration=50, **options):
 
 def test_gif(tmp_path):
     path = make_gif(tmp_path / "called.mp4", 8, 50)  # content decides, not the name
-    assert media.probe(path) == (8, pytest.approx(20.0), W, H, 0.0, "pillow")
+    assert media.probe(path) == (8, pytest.approx(20.0), W, H, 0.0, "pillow", ())
     assert numbers(media.read_frames(path, [7, 0, 3, 3], SIZE)) == [7, 0, 3, 3]
 
 
@@ -333,7 +330,7 @@ STILLS = {
 def test_still_images(tmp_path, name):
     image, colour = STILLS[name]
     image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-    assert media.probe(tmp_path / name) == (1, 1.0, 4, 2, 0.0, "pillow")
+    assert media.probe(tmp_path / name) == (1, 1.0, 4, 2, 0.0, "pillow", ())
     frame = media.read_clips(tmp_path / name, 1, 2, 2, 8, train=True)[0, 1].int()
     assert (frame[:, :4] - torch.tensor(colour)[:, None, None]).abs().max() <= 1
     assert (frame[:, 4:] == 0).all()
