@@ -9,6 +9,7 @@ Four parts, in the order in which data flows:
     and, where nothing has been downloaded: the toy data                 `toy_data`
 
     python data.py toy DIR          write the toy data to DIR
+    python data.py cache --data DIR decode each video under DIR once, into small files for --cache
 
 A frame index is a point on a regular grid: frame i is what the file shows at i / fps seconds. For a constant-rate
 video that is simply its i-th frame, and variable rates need no special care.
@@ -21,6 +22,7 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -40,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 from transformers import BertTokenizer
 from transformers.utils import cached_file
 
@@ -854,7 +857,8 @@ def _decode(path: str, media: Media, segments: list[tuple[int, list[int]]], size
         seek = ["-noaccurate_seek", "-ss", f"{media.start + origin / media.fps:.6f}"] if origin else []
         inputs += _input(path, *seek)
         zero = "0" if origin else "STARTPTS"  # microseconds; B-frames delay the first frame of an AVI file
-        slots = "+".join(f"eq(n,{i - origin})" for i in wanted)
+        slots = [f"eq(n,{i - origin})" for i in wanted]
+        slots = "+".join(f"({'+'.join(slots[j : j + 50])})" for j in range(0, len(slots), 50))  # ffmpeg nests 100 deep
         chains.append(
             f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
             f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
@@ -912,12 +916,113 @@ def read_frames(path: str | Path, indices: Sequence[int], size: int) -> Tensor:
 
 def read_clips(
     path: str | Path, n_clips: int, n_frames: int, target_fps: float, size: int, train: bool,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, cache: bool = False,
 ) -> Tensor:  # fmt: skip
-    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError."""
-    media = probe(path)
-    indices = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, train, generator)
-    return read_frames(path, indices.flatten().tolist(), size).view(n_clips, n_frames, 3, size, size)
+    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError.
+
+    cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the same.
+    """
+    kept = cache and open_cached(path, size)
+    num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
+    indices = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator).flatten().tolist()
+    frames = read_cached(path, kept, indices, size) if kept else read_frames(path, indices, size)
+    return frames.view(n_clips, n_frames, 3, size, size)
+
+
+# -------------------------------------------------- the cache: a few frames a second of each video, as small JPEGs
+
+
+def cached_file_of(path: str | Path, size: int) -> Path:
+    """videos/video7.mp4 -> videos/cached/video7.mp4.448: a line of JSON, then the JPEGs that it lists."""
+    return Path(path).parent / "cached" / f"{Path(path).name}.{size}"
+
+
+def open_cached(path: str | Path, size: int) -> dict | None:
+    """What the first line of a video's cached file says; None if it is not there or the video has changed since.
+
+    num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames a second kept. ends: of the JPEGs.
+    """
+    try:
+        with open(cached_file_of(path, size), "rb") as file:
+            kept, stat = json.loads(file.readline()), os.stat(path)
+            kept["begin"] = file.tell()
+        return kept if kept["source"] == [stat.st_mtime_ns, stat.st_size] else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{cached_file_of(path, size)}: damaged; remove it and write it again") from None
+
+
+def read_cached(path: str | Path, kept: dict, indices: Sequence[int], size: int) -> Tensor:
+    """uint8 (len(indices), 3, size, size): of the frames kept, those nearest to indices on the video's own grid."""
+    starts, frames = [0, *kept["ends"]], torch.zeros(len(indices), 3, size, size, dtype=torch.uint8)
+    with open(cached_file_of(path, size), "rb") as file:
+        for frame, i in zip(frames, indices, strict=True):
+            k = min(round(i / kept["fps"] * kept["rate"]), len(kept["ends"]) - 1)
+            file.seek(kept["begin"] + starts[k])
+            jpeg = io.BytesIO(file.read(starts[k + 1] - starts[k]))
+            try:
+                with Image.open(jpeg, formats=("JPEG",)) as image:
+                    frame[:, : image.height, : image.width] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            except (OSError, RuntimeError):
+                raise DataError(f"{file.name}: damaged; remove it and write it again") from None
+    return frames
+
+
+def write_cached(path: str | Path, size: int, rate: float) -> tuple[int, str]:
+    """Decode a video once and keep `rate` frames a second; -> (bytes written, what is wrong with the video or "").
+
+    Written under another name first: a file that is there is whole.
+    """
+    try:
+        media, stat, target = probe(path), os.stat(path), cached_file_of(path, size)
+        rate = min(rate, media.fps)
+        old = open_cached(path, size)
+        if old and old["rate"] == rate:
+            return 0, ""
+        count = max(math.ceil(media.num_frames / media.fps * rate), 1)
+        wanted = [round(k / rate * media.fps) for k in range(count)]
+        h, w = resized_shape(media.height, media.width, size)
+        jpegs, ends = io.BytesIO(), []
+        for k in range(0, count, 64):  # at 448 pixels 64 frames are 39 MB
+            for frame in read_frames(path, wanted[k : k + 64], size)[:, :, :h, :w].permute(0, 2, 3, 1).numpy():
+                Image.fromarray(frame).save(jpegs, "JPEG", quality=90)
+                ends.append(jpegs.tell())
+    except DataError as error:
+        return 0, str(error)
+    first = {"source": [stat.st_mtime_ns, stat.st_size], "num_frames": media.num_frames, "fps": media.fps,
+             "rate": rate, "ends": ends}  # fmt: skip
+    target.parent.mkdir(exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+    temporary.write_bytes(json.dumps(first).encode() + b"\n" + jpegs.getvalue())
+    os.replace(temporary, target)
+    return target.stat().st_size, ""
+
+
+def write_cache(folder: Path, size: int, rate: float, workers: int) -> None:
+    """`write_cached` for all videos under `folder`, several at once."""
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
+    if not videos:
+        raise DataError(f"{folder}: no videos in it")
+    write = functools.partial(write_cached, size=size, rate=rate)
+    with multiprocessing.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        results = list(tqdm(pool.imap(write, videos), total=len(videos), unit=" videos"))
+    written, errors = [size for size, _ in results if size], [error for _, error in results if error]
+    print("".join(f"left out: {error}\n" for error in errors), end="", file=sys.stderr)
+    print(f"{folder}: {len(written):,} of {len(videos):,} videos written, {sum(written) / 1e6:,.1f} MB; "
+          f"{len(videos) - len(written) - len(errors):,} were there, {len(errors):,} cannot be read")
+
+
+def check_cached(folder: Path, examples: Sequence[Example], size: int) -> None:
+    """Say how many of the examples' videos are cached; none is an error."""
+    paths = [find_media(folder, name, VIDEOS) for name in sorted({example.video for example in examples})]
+    paths = [path for path in paths if path]
+    count = sum(open_cached(path, size) is not None for path in paths)
+    remedy = f"python data.py cache --data {folder} --size {size}"
+    if not count:
+        raise DataError(f"{folder}: no video is cached at {size} pixels; write the cache first: {remedy}")
+    rest = f"; the other {len(paths) - count:,} will be decoded ({remedy} caches them)" if count < len(paths) else ""
+    print(f"cache: {count:,} of {len(paths):,} videos{rest}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -964,10 +1069,10 @@ class ClipDataset(torch.utils.data.Dataset):
     with any number of workers, stopped and resumed or not, see the same frames.
     """
 
-    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False):
+    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False):
         self.examples, self.folder = examples, folder
         self.sampling = (n_clips, n_frames, fps, size, train)
-        self.seed, self.blind = seed, blind
+        self.seed, self.blind, self.cache = seed, blind, cache
 
     def __len__(self):
         return len(self.examples)
@@ -995,7 +1100,7 @@ class ClipDataset(torch.utils.data.Dataset):
         path = find_media(self.folder, example.video)
         if path is None:
             raise DataError(f"{example.video}: no such video under {self.folder}")
-        frames = read_clips(path, *self.sampling, generator)
+        frames = read_clips(path, *self.sampling, generator, self.cache)
         return torch.zeros_like(frames) if self.blind else frames
 
 
@@ -1531,8 +1636,21 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data")
     toy.add_argument("folder", type=Path)
+    small = commands.add_parser("cache", help="decode each video once, into small files for --cache")
+    small.add_argument("--data", type=Path, required=True, help="the data set's folder")
+    small.add_argument("--fps", type=float, default=4.0, help="frames kept of each second (default: 4)")
+    small.add_argument("--size", type=int, default=448, help="as in training (default: 448)")
+    small.add_argument("--workers", type=int, default=os.cpu_count(), help="videos at once (default: one a core)")
     args = parser.parse_args()
-    toy_data(folder=args.folder)
+    if args.command == "toy":
+        toy_data(folder=args.folder)
+        return
+    if args.fps <= 0 or args.size < 1 or args.workers < 1:
+        parser.error("--fps, --size and --workers must be positive")
+    try:
+        write_cache(args.data, args.size, args.fps, args.workers)
+    except DataError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def parse_arguments(arguments=None):
     add("--test_clips", type=positive, nargs="+", help="N_test: evaluate at each of these")
     add("--rank_loss", action="store_true", help="retrieval: a margin between captions, not cross entropy")
     add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
+    add("--cache", action="store_true", help="take frames from the small files that `python data.py cache` wrote")
     add("--limit", type=positive, help="use only the first so many examples of each split")
     add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
@@ -221,13 +222,14 @@ class Run(NamedTuple):
     answers: list | None
     seed: int
     blind: bool
+    cache: bool = False
 
     def loader(self, examples, n_clips, train, batches):
         s = self.settings
         pairs = train and self.task.kind in ("match", "rank")  # a right and a wrong caption for each video
         dataset = (data.MatchDataset if pairs else data.ClipDataset)(
             examples, self.folder, n_clips=n_clips, n_frames=s["frames"], fps=s["fps"], size=s["size"],
-            train=train, seed=self.seed, blind=self.blind,
+            train=train, seed=self.seed, blind=self.blind, cache=self.cache,
         )  # fmt: skip
         collate = data.Collator(self.tokenizer, s["text_length"], self.answers)
         return data.data_loader(dataset, batches, collate, self.device.workers, self.device.name == "cuda")
@@ -557,7 +559,9 @@ def prepare(args, state):
     settings = settings_for(args, model.cfg.backbone, state and state["settings"])
     tokenizer = data.build_tokenizer(vocabulary)
     device = clipbert.choose_device(args)
-    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind)
+    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind, args.cache)
+    if args.cache:
+        data.check_cached(folder, examples + test, settings["size"])
     return run, model, vocabulary, examples, test
 
 
@@ -607,13 +611,15 @@ def load_for_use(args):
     task, device = task_row(args, state), clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data(task.toy) / task.toy)
-    run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind)
+    run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind, args.cache)
     return run, device.place(model)
 
 
 def run_evaluation(args):
     run, model = load_for_use(args)
     _, test = load_examples(args, "test")
+    if args.cache:
+        data.check_cached(run.folder, test, run.settings["size"])
     guessable = run.task.kind in ("answer", "soft", "count")  # chance is then a matter of the training answers
     train_examples = run.task.read(run.folder, split="train") if guessable else []
     args.out.mkdir(parents=True, exist_ok=True)
