@@ -1649,7 +1649,7 @@ def main():
         parser.error("--fps, --size and --workers must be positive")
     try:
         write_cache(args.data, args.size, args.fps, args.workers)
-    except DataError as error:
+    except (DataError, OSError) as error:
         parser.error(str(error))
 
 
