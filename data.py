@@ -986,7 +986,7 @@ def write_cached(path: str | Path, size: int, rate: float) -> tuple[int, str]:
         jpegs, ends = io.BytesIO(), []
         for k in range(0, count, 64):  # at 448 pixels 64 frames are 39 MB
             for frame in read_frames(path, wanted[k : k + 64], size)[:, :, :h, :w].permute(0, 2, 3, 1).numpy():
-                Image.fromarray(frame).save(jpegs, "JPEG", quality=90)
+                Image.fromarray(frame).save(jpegs, "JPEG", quality=85)
                 ends.append(jpegs.tell())
     except DataError as error:
         return 0, str(error)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
+import data
 
 
 def optional(module):
@@ -68,7 +68,7 @@ def table(title, seconds, target=None, ours=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Decoding: random clips of T = 2 frames at 2 fps, 448 pixels. Videos are drawn once, into the system's temporary folder.
+# Decoding: random clips of T = 2 frames at 2 fps, 448 pixels; videos are drawn once, into the temporary folder
 
 L, T, FPS = 448, 2, 2
 SOURCES = {  # name: (size, rate, seconds, encoder)
@@ -113,20 +113,18 @@ def reference_clips(path, n, train, generator, all_to_rgb=True):
             for _ in container.decode(video=0):
                 pass
     batch = []
-    for first, *_, last in clips.tolist():
+    for clip in clips.tolist():
         with av.open(path) as container:
             stream, frames = container.streams.video[0], []
-            if first:
-                container.seek(int(first / fps / stream.time_base), stream=stream)
+            if clip[0]:
+                container.seek(int(clip[0] / fps / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 i = round(float(frame.pts * stream.time_base) * fps)
-                if i >= first:
-                    frames.append(frame.to_ndarray(format="rgb24") if all_to_rgb else frame)
-                if i >= last:
+                if i in clip or all_to_rgb and i >= clip[0]:
+                    frames.append(frame.to_ndarray(format="rgb24"))
+                if i >= clip[-1]:
                     break
         chosen = [frames[i] for i in torch.linspace(0, len(frames) - 1, T).long()]
-        if not all_to_rgb:
-            chosen = [frame.to_ndarray(format="rgb24") for frame in chosen]
         batch.append(data.resize_and_pad(torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).float(), L))
     return torch.stack(batch)
 
@@ -158,15 +156,16 @@ def readers():
     return {name: read for name, (package, read) in ways.items() if package}
 
 
+def job(read, *arguments, **options):
+    """Read other clips in each round; every reader the same."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda: read(*arguments, generator, **options)
+
+
 def decode(title, name, n, target, train=True, peer=None, skip=()):
-    """One table. peer: how many times torchcodec's time is allowed. Every reader sees the same clips."""
+    """One table. peer: how many times torchcodec's time is allowed."""
     path = video(name)
-
-    def job(read):
-        generator = torch.Generator().manual_seed(0)  # its state moves on: other clips in each round
-        return lambda: read(path, n, train, generator)
-
-    seconds = measure({way: job(read) for way, read in readers().items() if way not in skip})
+    seconds = measure({way: job(read, path, n, train) for way, read in readers().items() if way not in skip})
     if not av:
         target = None  # nothing to compare with
     table(f"{title}, N = {n}", seconds, target, "ours")
@@ -205,12 +204,12 @@ class Videos(torch.utils.data.Dataset):
 def loader():
     path, count = video("15 s.mp4"), 16
 
-    def job(read):
+    def epoch(read):
         batches = torch.utils.data.DataLoader(Videos(read, path, count), batch_size=4, num_workers=2,
                                               persistent_workers=True)  # fmt: skip
         return lambda: [None for _ in batches]
 
-    seconds = measure({name: job(read) for name, read in readers().items()}, repeats=3)
+    seconds = measure({name: epoch(read) for name, read in readers().items()}, repeats=3)
     table(f"DataLoader, 2 workers: {count} videos, 15 s, N = 8", seconds, 2 if av else None, "ours")
     rates = (f"{name} {count / median(runs):.1f}" for name, runs in seconds.items())
     print(f"videos/s: {', '.join(rates)}")
@@ -225,10 +224,8 @@ def cached():
         print(f"\n{name}: {size / 1e6:.1f} MB at 4 frames a second, the video itself "
               f"{Path(path).stat().st_size / 1e6:.1f} MB; written in {time.perf_counter() - began:.1f} s{error}")
         for n in (1, 8):
-            generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-            jobs = {"ours, from the cache": lambda: our_clips(path, n, True, generators[0], cache=True)}
-            if av:
-                jobs = {"reference's way (PyAV)": lambda: reference_clips(path, n, True, generators[1])} | jobs
+            jobs = {"reference's way (PyAV)": job(reference_clips, path, n, True)} if av else {}
+            jobs["ours, from the cache"] = job(our_clips, path, n, True, cache=True)
             table(f"{name}, N = {n}", measure(jobs), target if av else None)
     far = [abs(i / 30 - round(i / 30 * 4) / 4) for i in range(450)]
     print(f"at 4 frames a second a frame is {sum(far) / len(far):.3f} s off on average, {max(far):.3f} s at most")
@@ -250,8 +247,9 @@ def pixels():
         whole = data.read_frames(path, wanted, side)[..., : media.height, : media.width]  # not scaled
         h, _ = data.resized_shape(media.height, media.width, L)
         away = (data.resize_and_pad(whole.float(), L) - frames.float())[:, :, :h].abs()
-        print(f"\n{name}: {equal} of {count} frames equal a full decode's, bit for bit (8 clips, {seeks / 5:.1f} inputs)"
-              f"\nscaled by ffmpeg, they differ from resize_and_pad's by {away.mean():.2f} grey levels on average, "
+        print(f"\n{name}: {equal} of {count} frames equal a full decode's, bit for bit "
+              f"(8 clips, {seeks / 5:.1f} inputs)\nscaled by ffmpeg, they differ from "
+              f"resize_and_pad's by {away.mean():.2f} grey levels on average, "
               f"{away.max():.0f} at most; {(away > 8).float().mean():.1%} of the pixels by more than 8")
 
 
