@@ -725,8 +725,8 @@ def add_flags(parser):
     add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
     numbers("--limit", help="use only the first so many examples or images of each split")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
-    numbers("--chunk", metavar="FRAMES", help="short of memory: pass so many frames through the CNN at a time, and again "
-            "when their gradient is due (activation checkpointing)")  # fmt: skip
+    numbers("--chunk", metavar="FRAMES", help="short of memory: pass so many frames through the CNN at a time, and "
+            "again when their gradient is due (activation checkpointing)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the CNN and the transformer: slow to start, then faster")
     numbers("--workers", low=0, high=256, help="processes that read videos (default: 0 on a CPU, else one a core, "
             "at most 8)")  # fmt: skip

@@ -10,17 +10,20 @@ Four parts, in the order in which data flows:
 
     python data.py toy DIR                      write the toy data to DIR
     python data.py check --task T --data DIR    what is missing, broken, doubled, cut: before hours are spent on it
+    python data.py cache --data DIR             decode each video there once, into small files for --cache
 
 A frame index is a point on a regular grid: frame i is what the file shows at i / fps seconds. For a constant-rate
 video that is simply its i-th frame, and variable rates need no special care.
 """
 
 import argparse
+import bisect
 import csv
 import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -596,9 +599,9 @@ def find_media(folder, name, suffixes=VIDEOS + IMAGES):
 
 TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
 MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
-LONG_VIDEO = 20.0  # seconds; below this, decoding everything once is cheaper than opening and seeking several times
-MERGE_GAP = 2.0  # seconds; wanted frames closer than this share one seek
+SEEK_COST = 10  # frames that are decoded in the time of one more seek (opening the file again, parsing its header)
 SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, which with B-frames is a few frames ahead of what is shown
+SEEKS = 16  # in one ffmpeg process: each needs a decoder of its own
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 # Only containers that hold their own pixels: playlists, concat scripts and image patterns could open other files.
 VIDEO_FORMATS = ("asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,"
@@ -615,7 +618,8 @@ class Media(NamedTuple):
     width: int  # as displayed, rotation applied
     height: int
     start: float = 0.0  # seconds between the start of the file (perhaps its sound) and the first frame
-    reader: str = "pillow"  # "pillow", "ffmpeg", or "ffmpeg-seek" for a container in which seeking is exact
+    reader: str = "pillow"  # or "ffmpeg"
+    keys: tuple[int, ...] = ()  # key frames, at which decoding can start; none for a container that seeks inexactly
 
 
 # -------------------------------------------------- which frames
@@ -756,8 +760,9 @@ def _ffmpeg(path: str, arguments: list[str]) -> tuple[bytes, str]:
 
 def _input(path: str, *options: str) -> list[str]:
     # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an address.
+    threads = "1" if torch.utils.data.get_worker_info() else "2"  # several workers keep the cores busy as it is
     return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels", str(MAX_PIXELS),
-            "-threads", "1", *options, "-i", "file:" + path]  # fmt: skip
+            "-threads", threads, *options, "-i", "file:" + path]  # fmt: skip
 
 
 def _find(pattern: str, text: str) -> str | None:
@@ -766,8 +771,12 @@ def _find(pattern: str, text: str) -> str | None:
 
 
 def _probe_video(path: str) -> Media:
-    """Parse the header as ffmpeg prints it (no ffprobe is bundled); about 25 ms."""
-    _, log = _ffmpeg(path, _input(path))
+    """Parse the header as ffmpeg prints it (no ffprobe is bundled) and list the key frames; about 25 ms.
+
+    The key frames come for nothing in MP4, whose header has them; a Matroska file is read, not decoded, to its end.
+    """
+    listing = ["-map", "0:V:0?", "-c", "copy", "-f", "framecrc", "pipe:1"]  # a line a packet
+    packets, log = _ffmpeg(path, ["-nostats", *_input(path, "-discard", "nokey"), *listing])
     if "\nInput #0" not in "\n" + log:
         reason = (log.strip().splitlines() or ["no reason given"])[-1]
         raise DataError(f"{path}: not a readable image or video ({reason}); replace or remove it")
@@ -787,14 +796,20 @@ def _probe_video(path: str) -> Media:
     duration = sum(float(x) * unit for x, unit in zip(clock.split(":"), (3600, 60, 1), strict=True)) if clock else 0.0
     fps = float(_find(r", ([\d.]+) fps", line) or 0)
     container = _find(r"^Input #0, (\w+)", log)
-    reader = "ffmpeg-seek" if container in SEEKABLE and duration > 0 else "ffmpeg"
     if fps % 1 and round(math.ceil(fps) * 1000 / 1001, 2) == fps:
         fps = math.ceil(fps) * 1000 / 1001  # NTSC: "29.97" is 30000/1001, which matters after some minutes
     absurd = duration * fps > os.path.getsize(path)  # a damaged header: more frames than bytes
     if container not in TIMED or duration == 0 or not 0 < fps <= 1000 or absurd:
         fps, duration = _count_packets(path, fps)
     num_frames = max(round((duration - start) * fps), 1)
-    return Media(num_frames, fps, width, height, start, reader)
+    keys = _key_times(packets.decode()) if container in SEEKABLE else []
+    return Media(num_frames, fps, width, height, start, "ffmpeg", tuple(round((t - start) * fps) for t in keys))
+
+
+def _key_times(packets: str) -> list[float]:
+    """Seconds at which key frames begin, from ffmpeg's list of packets: `stream, dts, pts, ...`, F=flags if no key."""
+    num, den = map(int, (_find(r"^#tb 0: (\d+/\d+)", packets) or "0/1").split("/"))
+    return sorted(int(pts) * num / den for pts in re.findall(r"^0, *-?\d+, *(-?\d+),(?!.*F=)", packets, re.MULTILINE))
 
 
 def _count_packets(path: str, fps: float) -> tuple[float, float]:
@@ -812,18 +827,31 @@ def _count_packets(path: str, fps: float) -> tuple[float, float]:
 
 def _read_video(path: str, media: Media, wanted: list[int], size: int) -> Tensor:
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
-    segments = [(0, wanted)]  # (index at which decoding starts, wanted indices)
-    if media.reader == "ffmpeg-seek" and media.num_frames / media.fps > LONG_VIDEO:
-        gap = MERGE_GAP * media.fps
-        cuts = [k for k in range(1, len(wanted)) if wanted[k] - wanted[k - 1] > gap]
-        parts = [wanted[a:b] for a, b in zip([0, *cuts], [*cuts, len(wanted)], strict=True)]
-        segments = [(max(part[0] - SEEK_LEAD, 0), part) for part in parts]
-    frames = _decode(path, media, segments, size)
+    segments = _plan(media, wanted)
+    parts = [_decode(path, media, segments[k : k + SEEKS], size) for k in range(0, len(segments), SEEKS)]
+    frames = torch.cat(parts) if len(parts) > 1 else parts[0]
     if len(frames) < len(wanted):  # a truncated file: seeking beyond its end finds nothing, one pass the last frame
         frames = _decode(path, media, [(0, wanted)], size)
     if len(frames) < len(wanted):
         raise DataError(f"{path}: no frame could be decoded; replace or remove it")
     return frames
+
+
+def _plan(media: Media, wanted: list[int]) -> list[tuple[int, list[int]]]:
+    """[(index at which decoding starts, wanted indices)]: seek only where that spares more than it costs.
+
+    A seek lands on a key frame. Clips with none between them share one: the second would decode the first's frames
+    again. Short videos thus mostly need no seek at all, long ones about one a clip.
+    """
+    segments, decoded = [(0, [])], 0
+    for i in wanted:
+        origin = i - SEEK_LEAD
+        before = bisect.bisect(media.keys, origin - 0.14 * media.fps)  # ffmpeg itself steps back by 3/23 s
+        if before and media.keys[before - 1] > decoded + SEEK_COST:
+            segments.append((origin, []))
+        segments[-1][1].append(i)
+        decoded = i
+    return [segment for segment in segments if segment[1]]
 
 
 def _decode(path: str, media: Media, segments: list[tuple[int, list[int]]], size: int) -> Tensor:
@@ -841,18 +869,19 @@ def _decode(path: str, media: Media, segments: list[tuple[int, list[int]]], size
         seek = ["-noaccurate_seek", "-ss", f"{media.start + origin / media.fps:.6f}"] if origin else []
         inputs += _input(path, *seek)
         zero = "0" if origin else "STARTPTS"  # microseconds; B-frames delay the first frame of an AVI file
-        slots = "+".join(f"eq(n,{i - origin})" for i in wanted)
+        slots = [f"eq(n,{i - origin})" for i in wanted]
+        slots = "+".join(f"({'+'.join(slots[j : j + 50])})" for j in range(0, len(slots), 50))  # ffmpeg nests 100 deep
         chains.append(
             f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
             f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
-            f"scale={w}:{h}:flags=bilinear,format=rgb24,pad={size}:{size}:0:0:black[v{k}]"
+            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black[v{k}]"
         )
     labels = "".join(f"[v{k}]" for k in range(len(segments)))
     graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])
     output = ["-filter_complex", graph, "-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
     raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, *output])
-    pixels = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
-    return pixels.view(-1, size, size, 3).permute(0, 3, 1, 2)
+    planes = np.frombuffer(raw, np.uint8).reshape(-1, 3, size, size)  # whole planes, green first
+    return torch.from_numpy(planes[:, [2, 0, 1]])
 
 
 # -------------------------------------------------- the three functions the data sets use
@@ -899,12 +928,113 @@ def read_frames(path: str | Path, indices: Sequence[int], size: int) -> Tensor:
 
 def read_clips(
     path: str | Path, n_clips: int, n_frames: int, target_fps: float, size: int, train: bool,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, cache: bool = False,
 ) -> Tensor:  # fmt: skip
-    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError."""
-    media = probe(path)
-    indices = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, train, generator)
-    return read_frames(path, indices.flatten().tolist(), size).view(n_clips, n_frames, 3, size, size)
+    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError.
+
+    cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the same.
+    """
+    kept = cache and open_cached(path, size)
+    num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
+    indices = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator).flatten().tolist()
+    frames = read_cached(path, kept, indices, size) if kept else read_frames(path, indices, size)
+    return frames.view(n_clips, n_frames, 3, size, size)
+
+
+# -------------------------------------------------- the cache: a few frames a second of each video, as small JPEGs
+
+
+def cached_file_of(path: str | Path, size: int) -> Path:
+    """videos/video7.mp4 -> videos/cached/video7.mp4.448: a line of JSON, then the JPEGs that it lists."""
+    return Path(path).parent / "cached" / f"{Path(path).name}.{size}"
+
+
+def open_cached(path: str | Path, size: int) -> dict | None:
+    """What the first line of a video's cached file says; None if it is not there or the video has changed since.
+
+    num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames a second kept. ends: of the JPEGs.
+    """
+    try:
+        with open(cached_file_of(path, size), "rb") as file:
+            kept, stat = json.loads(file.readline()), os.stat(path)
+            kept["begin"] = file.tell()
+        return kept if kept["source"] == [stat.st_mtime_ns, stat.st_size] else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{cached_file_of(path, size)}: damaged; remove it and write it again") from None
+
+
+def read_cached(path: str | Path, kept: dict, indices: Sequence[int], size: int) -> Tensor:
+    """uint8 (len(indices), 3, size, size): of the frames kept, those nearest to indices on the video's own grid."""
+    starts, frames = [0, *kept["ends"]], torch.zeros(len(indices), 3, size, size, dtype=torch.uint8)
+    with open(cached_file_of(path, size), "rb") as file:
+        for frame, i in zip(frames, indices, strict=True):
+            k = min(round(i / kept["fps"] * kept["rate"]), len(kept["ends"]) - 1)
+            file.seek(kept["begin"] + starts[k])
+            jpeg = io.BytesIO(file.read(starts[k + 1] - starts[k]))
+            try:
+                with Image.open(jpeg, formats=("JPEG",)) as image:
+                    frame[:, : image.height, : image.width] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            except (OSError, RuntimeError):
+                raise DataError(f"{file.name}: damaged; remove it and write it again") from None
+    return frames
+
+
+def write_cached(path: str | Path, size: int, rate: float) -> tuple[int, str]:
+    """Decode a video once and keep `rate` frames a second; -> (bytes written, what is wrong with the video or "").
+
+    Written under another name first: a file that is there is whole.
+    """
+    try:
+        media, stat, target = probe(path), os.stat(path), cached_file_of(path, size)
+        rate = min(rate, media.fps)
+        old = open_cached(path, size)
+        if old and old["rate"] == rate:
+            return 0, ""
+        count = max(math.ceil(media.num_frames / media.fps * rate), 1)
+        wanted = [round(k / rate * media.fps) for k in range(count)]
+        h, w = resized_shape(media.height, media.width, size)
+        jpegs, ends = io.BytesIO(), []
+        for k in range(0, count, 64):  # at 448 pixels 64 frames are 39 MB
+            for frame in read_frames(path, wanted[k : k + 64], size)[:, :, :h, :w].permute(0, 2, 3, 1).numpy():
+                Image.fromarray(frame).save(jpegs, "JPEG", quality=85)
+                ends.append(jpegs.tell())
+    except DataError as error:
+        return 0, str(error)
+    first = {"source": [stat.st_mtime_ns, stat.st_size], "num_frames": media.num_frames, "fps": media.fps,
+             "rate": rate, "ends": ends}  # fmt: skip
+    target.parent.mkdir(exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+    temporary.write_bytes(json.dumps(first).encode() + b"\n" + jpegs.getvalue())
+    os.replace(temporary, target)
+    return target.stat().st_size, ""
+
+
+def write_cache(folder: Path, size: int, rate: float, workers: int) -> None:
+    """`write_cached` for all videos under `folder`, several at once."""
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
+    if not videos:
+        raise DataError(f"{folder}: no videos in it")
+    write = functools.partial(write_cached, size=size, rate=rate)
+    with multiprocessing.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        results = list(tqdm(pool.imap(write, videos), total=len(videos), unit=" videos"))
+    written, errors = [size for size, _ in results if size], [error for _, error in results if error]
+    print("".join(f"left out: {error}\n" for error in errors), end="", file=sys.stderr)
+    print(f"{folder}: {len(written):,} of {len(videos):,} videos written, {sum(written) / 1e6:,.1f} MB; "
+          f"{len(videos) - len(written) - len(errors):,} were there, {len(errors):,} cannot be read")
+
+
+def check_cached(folder: Path, examples: Sequence[Example], size: int) -> None:
+    """Say how many of the examples' videos are cached; none is an error."""
+    paths = [find_media(folder, name, VIDEOS) for name in sorted({example.video for example in examples})]
+    paths = [path for path in paths if path]
+    count = sum(open_cached(path, size) is not None for path in paths)
+    remedy = f"python data.py cache --data {folder} --size {size}"
+    if not count:
+        raise DataError(f"{folder}: no video is cached at {size} pixels; write the cache first: {remedy}")
+    rest = f"; the other {len(paths) - count:,} will be decoded ({remedy} caches them)" if count < len(paths) else ""
+    print(f"cache: {count:,} of {len(paths):,} videos{rest}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -955,10 +1085,10 @@ class ClipDataset(torch.utils.data.Dataset):
     with any number of workers, stopped and resumed or not, see the same frames.
     """
 
-    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False):
+    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False):
         self.examples, self.folder = examples, folder
         self.sampling = (n_clips, n_frames, fps, size, train)
-        self.seed, self.blind = seed, blind
+        self.seed, self.blind, self.cache = seed, blind, cache
 
     def __len__(self):
         return len(self.examples)
@@ -986,7 +1116,7 @@ class ClipDataset(torch.utils.data.Dataset):
         path = find_media(self.folder, example.video)
         if path is None:
             raise DataError(f"{example.video}: no such video under {self.folder}")
-        frames = read_clips(path, *self.sampling, generator)
+        frames = read_clips(path, *self.sampling, generator, self.cache)
         return torch.zeros_like(frames) if self.blind else frames
 
 
@@ -1774,6 +1904,12 @@ def main(arguments=None):
     checking.numbers("--text_length", low=3, high=512, help="tokens of a text (default: the task's)")
     checking.numbers("--workers", high=256, default=min(8, os.cpu_count()), help="files at a time")
     checking.set_defaults(run=run_check)
+    small = commands.add_parser("cache", help="decode each video once, into small files for --cache")
+    small.add_argument("--data", type=folder, required=True, help="the data set's folder")
+    small.numbers("--fps", kind=float, low=0.01, high=1000, default=4.0, help="frames kept of each second (default: 4)")
+    small.numbers("--size", low=16, high=6400, default=448, help="as in training (default: 448)")
+    small.numbers("--workers", high=256, default=os.cpu_count(), help="videos at once (default: one a core)")
+    small.set_defaults(run=lambda args: write_cache(args.data, args.size, args.fps, args.workers))
     args = parser.parse_args(arguments)
     try:
         sys.exit(args.run(args))

@@ -110,6 +110,7 @@ def parse_arguments(arguments=None):
     parser.numbers("--rerank", nargs="+", metavar="K", help="retrieval: score all pairs on one clip, then only each "
                    "caption's best K on all; several K: side by side; as many K as videos: all pairs")  # fmt: skip
     add("--rank_loss", action="store_true", help="retrieval: a margin between captions, not cross entropy")
+    add("--cache", action="store_true", help="take frames from the small files that `python data.py cache` wrote")
     add("--allow_missing", action="store_true", help="train without missing videos; in testing they count as wrong")
     args = parser.parse_args(arguments)
     args.task = data.ALIASES.get(args.task, args.task)
@@ -193,13 +194,14 @@ class Run(NamedTuple):
     answers: list | None
     seed: int
     blind: bool
+    cache: bool = False
 
     def loader(self, examples, n_clips, train, batches):
         s = self.settings
         pairs = train and self.task.kind in ("match", "rank")  # a right and a wrong caption for each video
         dataset = (data.MatchDataset if pairs else data.ClipDataset)(
             examples, self.folder, n_clips=n_clips, n_frames=s["frames"], fps=s["fps"], size=s["size"],
-            train=train, seed=self.seed, blind=self.blind,
+            train=train, seed=self.seed, blind=self.blind, cache=self.cache,
         )  # fmt: skip
         collate = data.Collator(self.tokenizer, s["text_length"], self.answers)
         return data.data_loader(dataset, batches, collate, self.device.workers, self.device.name == "cuda")
@@ -459,7 +461,8 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
     }  # fmt: skip
     clipbert.write_text(args.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     clipbert.write_text(args.out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
-    print(f"\n{run.task.title}, {'toy' if not args.data else args.data} data, {len(predictions):,} {args.split} examples, "
+    where = "toy" if not args.data else args.data
+    print(f"\n{run.task.title}, {where} data, {len(predictions):,} {args.split} examples, "
           f"G = {run.settings['agg']}{', blind' if args.blind else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
         by_clips = {f"{n} {way}": row for n, both in by_clips.items() for way, row in both.items()}
@@ -536,7 +539,9 @@ def prepare(args, state):
     settings = settings_for(args, model.cfg, state and state["settings"])
     tokenizer = data.build_tokenizer(vocabulary)
     device = clipbert.choose_device(args)
-    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind)
+    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind, args.cache)
+    if args.cache:
+        data.check_cached(folder, examples + test, settings["size"])
     return run, model, vocabulary, examples, test
 
 
@@ -571,13 +576,15 @@ def load_for_use(args):
     task, device = task_row(args, state), clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data(task.toy) / task.toy)
-    run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind)
+    run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind, args.cache)
     return run, device.place(model)
 
 
 def run_evaluation(args):
     run, model = load_for_use(args)
     _, test = load_examples(args, args.split)
+    if args.cache:
+        data.check_cached(run.folder, test, run.settings["size"])
     guessable = run.task.kind in ("answer", "soft", "count")  # chance is then a matter of the training answers
     train_examples = run.task.read(run.folder, split="train") if guessable else []
     began = time.time()

@@ -145,11 +145,8 @@ X264 = ["-c:v", "libx264", "-preset", "ultrafast", "-bf", "3", "-b_strategy", "0
 MANY = [99, 0, 41, 41, 7, 98, 60, 1, 42]
 
 
-@pytest.fixture
-def seeking(monkeypatch):
-    """Treat every video as a long one, with a seek for almost every frame."""
-    monkeypatch.setattr(media, "LONG_VIDEO", 0.0)
-    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+def seek_always(monkeypatch):
+    monkeypatch.setattr(media, "_plan", lambda _, wanted: [(max(i - media.SEEK_LEAD, 0), [i]) for i in wanted])
 
 
 @pytest.mark.parametrize("gop", [5, 250])
@@ -157,16 +154,17 @@ def seeking(monkeypatch):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".ts", ".flv"])
 def test_every_frame_of_a_constant_rate_video(tmp_path, suffix, fps, gop):
     codec = ["-c:v", "mpeg4", "-q:v", 2, "-bf", 2] if suffix == ".avi" else X264
-    path = make_video(tmp_path / f"video{suffix}", 100, *codec, "-g", gop, fps=fps)
+    path = make_video(tmp_path / f"video{suffix}", 120, *codec, "-g", gop, fps=fps)  # over 100: ffmpeg nests no deeper
     found = media.probe(path)
-    assert found[:4] == (100, pytest.approx(eval(fps), abs=1e-6), W, H)
-    assert numbers(media.read_frames(path, range(100), SIZE)) == list(range(100))
+    assert found[:4] == (120, pytest.approx(eval(fps), abs=1e-6), W, H)
+    assert numbers(media.read_frames(path, range(120), SIZE)) == list(range(120))
     assert numbers(media.read_frames(path, MANY, SIZE)) == MANY
 
 
 @pytest.mark.parametrize("gop", [5, 250])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_seeking_finds_the_same_frames(tmp_path, seeking, suffix, gop):
+def test_seeking_finds_the_same_frames(tmp_path, monkeypatch, suffix, gop):
+    seek_always(monkeypatch)
     path = make_video(tmp_path / f"video{suffix}", 100, *X264, "-g", gop, fps="30000/1001")
     assert numbers(media.read_frames(path, MANY, SIZE)) == MANY
     assert numbers(media.read_frames(path, range(3, 100, 16), SIZE)) == list(range(3, 100, 16))
@@ -179,8 +177,7 @@ VFR = "settb=1/1000,setpts='(N*0.04+N*N*0.002)/TB'"  # frame i begins at .04 i +
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_variable_rate_follows_the_clock(tmp_path, monkeypatch, suffix, seek):
     if seek:
-        monkeypatch.setattr(media, "LONG_VIDEO", 0.0)
-        monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+        seek_always(monkeypatch)
     options = ["-vf", VFR, "-fps_mode", "vfr", "-enc_time_base", "1/1000", *X264, "-g", 12]
     path = make_video(tmp_path / f"video{suffix}", 50, *options)
     found = media.probe(path)
@@ -190,10 +187,50 @@ def test_variable_rate_follows_the_clock(tmp_path, monkeypatch, suffix, seek):
     assert numbers(media.read_frames(path, indices, SIZE)) == shown
 
 
+PLANNED = {
+    "sparse.mp4": ["-g", 90], "dense.mp4": ["-g", 12], "matroska.mkv": ["-g", 60],
+    "fragments.mp4": ["-g", 60, "-movflags", "frag_keyframe+empty_moov"],
+    "open.mp4": ["-g", 48, "-x264-params", "open-gop=1"],
+    "variable.mp4": ["-vf", VFR.replace("N*N*0.002", "N*N*.0001"), "-fps_mode", "vfr", "-enc_time_base", "1/1000",
+                     "-g", 40],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_what_the_plan_seeks_equals_a_full_decode(tmp_path, name):
+    path = make_video(tmp_path / name, 300, *X264, *PLANNED[name])
+    found, seeks = media.probe(path), 0
+    everything = numbers(media._decode(str(path), found, [(0, list(range(found.num_frames)))], SIZE))
+    for seed in range(4):
+        wanted = media.sample_clips(found.num_frames, found.fps, 4, 2, 2, True, torch.Generator().manual_seed(seed))
+        seeks += len(media._plan(found, sorted(set(wanted.flatten().tolist()))))
+        frames = media.read_frames(path, wanted.flatten().tolist(), SIZE)
+        assert numbers(frames) == [everything[i] for i in wanted.flatten().tolist()]
+    assert seeks > 4  # more than one pass each
+
+
+def test_the_plan_seeks_only_across_key_frames():
+    video = media.Media(1000, 25.0, W, H, 0.0, "ffmpeg", (0, 250, 500, 750))
+    assert media._plan(video, [10, 35, 240]) == [(0, [10, 35, 240])]  # far apart, but nothing to spare
+    assert media._plan(video, [10, 35, 300]) == [(0, [10, 35]), (292, [300])]
+    assert media._plan(video, [245, 300]) == [(0, [245, 300])]  # five frames are not worth a seek
+    assert media._plan(video, [5, 252]) == [(0, [5, 252])]  # so close to a key frame a seek would land before it
+    assert media._plan(video, [900]) == [(892, [900])]
+    assert media._plan(video._replace(keys=()), [10, 900]) == [(0, [10, 900])]
+
+
+def test_more_seeks_than_one_process_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "SEEKS", 2)
+    path = make_video(tmp_path / "video.mp4", 200, *X264, "-g", 12)
+    wanted = list(range(0, 200, 40))
+    assert len(media._plan(media.probe(path), wanted)) == 5
+    assert numbers(media.read_frames(path, wanted, SIZE)) == wanted
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_video_that_begins_after_its_sound(tmp_path, monkeypatch, long):
-    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
-    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    if long:
+        seek_always(monkeypatch)
     silent = make_video(tmp_path / "silent.mp4", 50, *X264)
     path = tmp_path / "late.mkv"
     sound = ["-f", "lavfi", "-i", "sine=duration=2"]
@@ -204,8 +241,8 @@ def test_video_that_begins_after_its_sound(tmp_path, monkeypatch, long):
 
 @pytest.mark.parametrize("long", [False, True])
 def test_edit_list(tmp_path, monkeypatch, long):
-    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
-    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    if long:
+        seek_always(monkeypatch)
     whole = make_video(tmp_path / "whole.mp4", 100, *X264, "-g", 25)
     path = tmp_path / "cut.mp4"  # cut at 1.48 s without re-encoding: the file keeps frame 25, an edit list hides it
     ffmpeg("-ss", 1.48, "-i", whole, "-c", "copy", path)
@@ -231,8 +268,8 @@ def test_rotation(tmp_path):
 
 @pytest.mark.parametrize("long", [False, True])
 def test_truncated_video_repeats_its_last_frame(tmp_path, monkeypatch, long):
-    monkeypatch.setattr(media, "LONG_VIDEO", 0.0 if long else 20.0)
-    monkeypatch.setattr(media, "MERGE_GAP", 0.1)
+    if long:
+        seek_always(monkeypatch)
     path = make_video(tmp_path / "video.mp4", 100, *X264, "-g", 10, "-movflags", "faststart")
     data = path.read_bytes()
     path.write_bytes(data[: (data.index(b"mdat") * 4 + len(data) * 6) // 10])  # 60% of the pictures
@@ -273,6 +310,78 @@ def test_read_clips_and_what_is_remembered(tmp_path, monkeypatch):
     assert media.probe(path).num_frames == 30  # unless the file has changed
 
 
+# ---------------------------------------------------------------- the cache
+
+
+def cached(path, rate=5.0):
+    size, error = media.write_cached(path, SIZE, rate)
+    assert not error
+    return size
+
+
+def test_cached_clips_are_the_nearest_frames_kept(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "video.mp4", 200, *X264)  # more than one chunk of 64 at the video's own rate
+    assert cached(path) > 1000
+    monkeypatch.setattr(media, "_ffmpeg", None)  # nothing is decoded, not even probed
+    media._probe.cache_clear()
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    clips = media.read_clips(path, 6, 2, 2, SIZE, True, generators[0], cache=True)
+    wanted = media.sample_clips(200, 25.0, 6, 2, 2, True, generators[1]).flatten()
+    assert clips.shape == (6, 2, 3, SIZE, SIZE) and clips.is_contiguous()
+    assert numbers(clips.flatten(0, 1)) == [min(round(i / 5) * 5, 195) for i in wanted.tolist()]
+
+
+def test_every_frame_of_a_slow_video_is_kept(tmp_path):
+    path = make_gif(tmp_path / "a.gif", 70, 250)  # 4 a second
+    cached(path)
+    clips = media.read_clips(path, 3, 2, 2, SIZE, False, cache=True)
+    assert numbers(clips.flatten(0, 1)) == numbers(media.read_clips(path, 3, 2, 2, SIZE, False).flatten(0, 1))
+
+
+def test_cached_files_are_written_once_until_the_video_changes(tmp_path):
+    path = make_video(tmp_path / "video.mp4", 30, *X264)
+    assert cached(path) > 0 and cached(path) == 0
+    assert cached(path, rate=10.0) > 0  # another rate
+    make_video(path, 40, *X264)
+    assert media.open_cached(path, SIZE) is None  # stale: decoded until it is written again
+    frames = media.read_clips(path, 1, 2, 2, SIZE, False, cache=True)
+    assert frames.equal(media.read_clips(path, 1, 2, 2, SIZE, False))
+    assert cached(path) > 0 and media.open_cached(path, SIZE)["num_frames"] == 40
+
+
+@pytest.mark.parametrize("keep", [0, 40, 0.5])
+def test_damaged_cached_file(tmp_path, keep):
+    path = make_video(tmp_path / "video.mp4", 30, *X264)
+    cached(path)
+    entry = media.cached_file_of(path, SIZE)
+    data = entry.read_bytes()
+    entry.write_bytes(data[: keep if keep != 0.5 else len(data) // 2])
+    with pytest.raises(media.DataError, match="damaged; remove it") as caught:
+        media.read_clips(path, 8, 2, 2, SIZE, False, cache=True)
+    assert str(entry) in str(caught.value)
+
+
+def test_cache_command(tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    for name in ("b.mp4", "c.mp4"):
+        make_video(tmp_path / "videos" / name, 10, *X264)
+    examples = [media.Example(str(i), name, "") for i, name in enumerate(("b", "c", "c", "gone"))]
+    with pytest.raises(media.DataError, match="no video is cached at 64 pixels; write the cache first: python data.py"):
+        media.check_cached(tmp_path, examples, SIZE)
+    (tmp_path / "videos" / "bad.mp4").write_bytes(b"x")
+    media.write_cache(tmp_path, SIZE, 4.0, 1)
+    said = capsys.readouterr()
+    assert "2 of 3 videos written" in said.out and "1 cannot be read" in said.out and "bad.mp4" in said.err
+    (tmp_path / "videos" / "cached" / "b.mp4.64").unlink()
+    media.check_cached(tmp_path, examples, SIZE)
+    assert "cache: 1 of 2 videos; the other 1 will be decoded" in capsys.readouterr().out
+    media.write_cache(tmp_path, SIZE, 4.0, 1)
+    assert "1 of 3 videos written" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "videos" / "cached").iterdir()) == ["b.mp4.64", "c.mp4.64"]  # no parts
+    with pytest.raises(media.DataError, match="no videos"):
+        media.write_cache(tmp_path / "nowhere", SIZE, 4.0, 1)
+
+
 # ---------------------------------------------------------------- images and animations
 
 
@@ -284,7 +393,7 @@ def make_gif(path, n=8, duration=50, **options):
 
 def test_gif(tmp_path):
     path = make_gif(tmp_path / "called.mp4", 8, 50)  # content decides, not the name
-    assert media.probe(path) == (8, pytest.approx(20.0), W, H, 0.0, "pillow")
+    assert media.probe(path) == (8, pytest.approx(20.0), W, H, 0.0, "pillow", ())
     assert numbers(media.read_frames(path, [7, 0, 3, 3], SIZE)) == [7, 0, 3, 3]
 
 
@@ -333,7 +442,7 @@ STILLS = {
 def test_still_images(tmp_path, name):
     image, colour = STILLS[name]
     image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-    assert media.probe(tmp_path / name) == (1, 1.0, 4, 2, 0.0, "pillow")
+    assert media.probe(tmp_path / name) == (1, 1.0, 4, 2, 0.0, "pillow", ())
     frame = media.read_clips(tmp_path / name, 1, 2, 2, 8, train=True)[0, 1].int()
     assert (frame[:, :4] - torch.tensor(colour)[:, None, None]).abs().max() <= 1
     assert (frame[:, 4:] == 0).all()
