@@ -13,6 +13,7 @@ the student wrote it, but the other exercises' functions solved, by our own copy
 import argparse
 import ast
 import contextlib
+import functools
 import io
 import multiprocessing
 import re
@@ -143,9 +144,12 @@ EXERCISES = {
 # Functions in a source text
 
 
+parse = functools.lru_cache(maxsize=4)(ast.parse)  # the same few texts again and again
+
+
 def find(source, name):
     """The lines of a function, decorators included, as a slice, and its node; LookupError if it isn't there."""
-    node = ast.parse(source)
+    node = parse(source)
     for part in name.split("."):
         kinds = ast.FunctionDef | ast.ClassDef
         node = next((n for n in reversed(node.body) if isinstance(n, kinds) and n.name == part), None)  # the last counts

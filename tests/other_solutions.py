@@ -2,8 +2,6 @@
 puts them in place: the tests must accept them, and must refuse what its list of mistakes makes of them.
 """
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -192,7 +190,7 @@ def accumulate_gradients(model, optimizer, batches, loss_of, max_norm):
 
 
 def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
-    warmup = math.floor(total_steps * warmup_ratio)
+    warmup = int(total_steps * warmup_ratio // 1)
     if step < warmup:
         share = step / warmup
     elif step >= total_steps:
@@ -233,6 +231,6 @@ class FrozenBatchNorm:
         self.eps = eps
 
     def forward(self, x):
-        return F.batch_norm(
+        return nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )

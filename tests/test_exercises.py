@@ -140,11 +140,11 @@ def test_exercise1_the_generator_decides():
 def test_exercise2_long_side_to_size_short_side_truncated():
     for height, width, size, expected in [
         (240, 320, 448, (336, 448)), (360, 640, 224, (126, 224)), (360, 640, 1000, (562, 1000)), (9, 7, 24, (24, 18)),
-        (1000, 999, 1000, (1000, 999)), (3, 5, 448, (268, 448)), (1, 5000, 16, (1, 16)), (64, 64, 448, (448, 448)),
+        (1000, 999, 1000, (1000, 999)), (3, 5, 48, (28, 48)), (1, 5000, 16, (1, 16)), (64, 64, 96, (96, 96)),
     ]:  # fmt: skip
         assert data.resized_shape(height, width, size) == expected
         assert data.resized_shape(width, height, size) == expected[::-1]
-        if max(height, width) < 1000:
+        if max(height, width, size) < 400:
             padded = data.resize_and_pad(torch.full((3, height, width), 7.0), size)
             content = torch.zeros(size, size)
             content[: expected[0], : expected[1]] = 7
@@ -809,11 +809,11 @@ PHOTOS = captioned(*[(f"worda {w}", f"wordb {w}", f"wordc {w}") for w in WORDS])
 
 
 def test_exercise9_a_mismatch_is_any_caption_but_its_own():
-    captions, generator = ["a dog", "a cat", "A Dog", "a bird", "a cow"], seeded(0)
+    captions, generator = ["a dog", "A cat", "A Dog", "a bird", "a cow"], seeded(0)
     seen = Counter(
         data.draw_mismatch(lambda i: captions[i], 5, {"a dog", "a cow"}, generator) for _ in range(600)
     )  # fmt: skip
-    assert set(seen) == {"a cat", "a bird"}  # "A Dog" is "a dog": the tokenizer knows no capitals
+    assert set(seen) == {"A cat", "a bird"}  # "A Dog" is "a dog": the tokenizer knows no capitals
     assert min(seen.values()) > 240
 
 
@@ -831,7 +831,14 @@ def test_exercise9_the_first_and_the_last_caption_may_come_and_no_other():
 
 
 def test_exercise9_none_if_every_caption_is_its_own():
-    assert data.draw_mismatch(lambda i: "A dog", 3, {"a dog"}, seeded(0)) is None
+    asked = []
+
+    def caption_of(i):
+        asked.append(i)
+        assert len(asked) < 1000, "it never gives up"
+        return "A dog"
+
+    assert data.draw_mismatch(caption_of, 3, {"a dog"}, seeded(0)) is None and len(asked) > 20
     rare = [data.draw_mismatch(lambda i: "a dog" if i else "a cat", 4, {"a dog"}, seeded(i)) for i in range(50)]
     assert rare == ["a cat"] * 50  # one refusal is no reason to give up
 
@@ -858,7 +865,7 @@ def test_exercise9_half_are_wrong_at_every_place_and_in_every_image():
         rows = [labels for _, _, labels in drawn(PHOTOS, n, 1000)]
         for place in range(n):
             assert sum(labels[place] for labels in rows) / 1000 == pytest.approx(0.5, abs=0.06)
-        assert {sum(labels) for labels in rows} == ({n // 2} if n % 2 == 0 else {n // 2, n // 2 + 1})
+        assert all(a != b for labels in rows for a, b in zip(labels, labels[1:], strict=False))  # they take turns
 
 
 def test_exercise9_every_caption_may_come_as_right_and_as_wrong():
@@ -1132,10 +1139,10 @@ def test_exercise12_captions_in_any_order():
 
 
 def test_exercise12_of_several_captions_the_best_counts_and_the_others_do_not_compete():
-    scores = [[9.0, 1.0], [8.0, 7.0], [3.0, 2.0], [2.0, 6.0], [1.0, 5.0]]
+    scores = [[4.0, 7.0], [9.0, 5.0], [5.0, 2.0], [2.0, 6.0], [1.0, 3.0]]
     columns = [0, 0, 1, 1, 1]
-    # video 0: 9 and 8 are its own, no other above: 1. Video 1: its best is 6, and 7 of video 0 is above: 2.
-    assert mean_ranks(scores, columns) == pytest.approx(((1 + 1 + 2 + 1 + 1) / 5, 1.5), abs=1e-3)
+    # video 0: its best is 9, no other is above: 1. Video 1: its best is 6, and 7 of video 0 is above: 2.
+    assert mean_ranks(scores, columns) == pytest.approx(((2 + 1 + 2 + 1 + 1) / 5, 1.5), abs=1e-3)
     tie = [[4.0, 0.0], [4.0, 0.0], [4.0, 1.0]]  # its two captions tie with each other, which is no tie, and a third
     assert mean_ranks(tie, [0, 0, 1])[1] == pytest.approx((1.5 + 1) / 2, abs=1e-3)
 
