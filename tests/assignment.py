@@ -81,7 +81,7 @@ EXERCISES = {
         "From clips to a video", 6, "clipbert", ("aggregate_clips",), "section 3, sparse sampling (G)",
         """Three ways to turn the predictions of N clips into one of the video: their mean, their maximum, and
         LogSumExp, which lets one confident clip decide without silencing the others. All of them work on logits, before
-        any softmax, and logits may be as large as 1000.""",
+        any softmax, and logits may be as large as 1000. Any other name is a ValueError.""",
     ),
     6: Exercise(
         "The losses of a video", 10, "clipbert", ("video_loss", "rank_loss"), "sections 3 and 4, NLL(p, q) by task",
@@ -152,7 +152,7 @@ def find(source, name):
     node = parse(source)
     for part in name.split("."):
         kinds = ast.FunctionDef | ast.ClassDef
-        node = next((n for n in reversed(node.body) if isinstance(n, kinds) and n.name == part), None)  # the last counts
+        node = next((n for n in reversed(node.body) if isinstance(n, kinds) and n.name == part), None)  # last one wins
         if node is None:
             raise LookupError(f"there is no {name}")
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
@@ -218,16 +218,17 @@ def assignment_text():
     total = sum(exercise.points for exercise in EXERCISES.values())
     parts = [f"""# ClipBERT: an assignment
 
-{len(EXERCISES)} functions of this project have lost their bodies; {total} points are to be had for writing them anew. Read the paper
-(arXiv 2102.06183) beside `clipbert.py`, top to bottom; docstrings and comments say what goes in and what must come out. Then
+Some functions of this project have lost their bodies: {len(EXERCISES)} exercises, {total} points. Read the paper
+(arXiv 2102.06183) beside `clipbert.py`, top to bottom; docstrings and comments say what goes in and what must come
+out. Then
 
     pip install -r requirements.txt pytest
     python -m pytest                     # all exercises
     python -m pytest -k exercise3_       # one of them (mind the underscore)
 
-An exercise's points are given if all of its tests pass. They do not depend on each other: begin where you like. You may write
-helper functions and import what requirements.txt brings. Keep names, parameters and everything else as it is; the
-tests that count are our own copy. When all is done, `python finetune.py --task tgif_qa` trains on the toy data again."""]
+An exercise's points are given if all of its tests pass. They do not depend on each other: begin where you like.
+You may write helper functions and import what requirements.txt brings. Keep names, parameters and everything else as
+it is; the tests that count are our own copy. When all is done, `python finetune.py --task tgif_qa` trains again."""]
     for number, exercise in EXERCISES.items():
         names = ", ".join(f"`{name}`" for name in exercise.functions)
         parts.append(f"## Exercise {number}: {exercise.title} ({exercise.points} points)\n\n"
@@ -244,7 +245,7 @@ def load(module, source):
     """A source text as a module that nobody else sees."""
     patched = types.ModuleType(f"assignment_{module}")
     patched.__file__ = str(SOURCES[module])
-    exec(compile(source, f"{module}.py", "exec"), vars(patched))
+    exec(compile(source, f"{module}.py", "exec"), vars(patched))  # noqa: S102 - a student's own code, which `grade` runs elsewhere
     return patched
 
 
@@ -273,7 +274,7 @@ def one_line(error):
 
 
 def grade_one(number, out, answer):
-    """In a process of its own: send back the results of an exercise's tests, or one line that says why there are none."""
+    """In a process of its own: send the results of an exercise's tests, or one line that says why there are none."""
     try:
         exercise, path = EXERCISES[number], out / SOURCES[EXERCISES[number].module].name
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -304,7 +305,8 @@ def grade(out):
             points, tests = exercise.points * (not wrong), f"{len(results) - len(wrong)} of {len(results)}"
             results = wrong[0] if wrong else ""
         sum_of_points += points
-        print(f"{number:2} {exercise.title:33}{points:3} of {exercise.points:2}{tests:>10}  {results}".rstrip(), flush=True)
+        line = f"{number:2} {exercise.title:33}{points:3} of {exercise.points:2}{tests:>10}  {results}"
+        print(line.rstrip(), flush=True)
     print(f"{'all':36}{sum_of_points:3} of {sum(exercise.points for exercise in EXERCISES.values())}")
     return sum_of_points
 

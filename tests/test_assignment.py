@@ -111,7 +111,8 @@ MISTAKES = {
         ("padding seen", "attention_mask == 0", "attention_mask != attention_mask"),
         ("polarity", "attention_mask == 0", "attention_mask == 1"),
         ("grid masked", "value=False", "value=True"),
-        ("black cells masked", "value=False)", "value=False)\n        hide[:, -visual.shape[1] :] |= (visual == 0).all(-1)"),
+        ("black cells masked", "value=False)",
+         "value=False)\n        hide[:, -visual.shape[1] :] |= (visual == 0).all(-1)"),
         ("mask before the text's", "(0, visual.shape[1])", "(visual.shape[1], 0)"),
         ("mask added as 1", "-1e9", "-1"),
         ("masked cells preferred", "-1e9", "1e9"),
@@ -152,7 +153,8 @@ MISTAKES = {
         ("LSE without its largest", " + largest[0]", ""),
         ("names confused", 'how == "lse"', 'how == "max"'),
         ("unknown is mean", 'if how == "mean":', "if True:"),
-        ("probabilities out", 'torch.einsum("nbk->bk", logits) / n', '(torch.einsum("nbk->bk", logits) / n).softmax(-1)'),
+        ("probabilities out", 'torch.einsum("nbk->bk", logits) / n',
+         '(torch.einsum("nbk->bk", logits) / n).softmax(-1)'),
     ],
     6: [
         ("options not brought together", "p.reshape(target.shape[0], -1)", "p.reshape(-1, target.shape[0]).T"),
@@ -173,7 +175,8 @@ MISTAKES = {
         ("soft ignores other outputs", "return loss.sum(1)", "return loss[:, : target.shape[1]].sum(1)"),
         ("other outputs are right", "torch.zeros_like(p)", "torch.ones_like(p)"),
         ("soft as hard", "= target\n", "= (target > 0).float()\n"),
-        ("soft overflows", "p.clamp(min=0) - p * all_targets + (-p.abs()).exp().log1p()", "p.exp().log1p() - p * all_targets"),
+        ("soft overflows", "p.clamp(min=0) - p * all_targets + (-p.abs()).exp().log1p()",
+         "p.exp().log1p() - p * all_targets"),
         ("rank by logits", "torch.sigmoid(p[:, 0]), torch.sigmoid(p[:, 1:])", "p[:, 0], p[:, 1:]"),
         ("rank with a sign", "margin - (own", "margin + (own"),
         ("rank without margin", "margin - (own", "-(own"),
@@ -206,7 +209,8 @@ MISTAKES = {
         ("labels of [MASK] only", "masked = input_ids.clone()",
          "labels = torch.where(fate < 0.8, labels, -100)\n    masked = input_ids.clone()"),
         ("labels after masking", "    return masked, labels", "    return masked, torch.where(chosen, masked, -100)"),
-        ("labels where nothing is masked", "torch.where(chosen, input_ids, -100)", "torch.where(chosen, -100, input_ids)"),
+        ("labels where nothing is masked", "torch.where(chosen, input_ids, -100)",
+         "torch.where(chosen, -100, input_ids)"),
         ("labels 0", "-100)", "0)"),
         ("in place", "input_ids.clone()", "input_ids"),
         ("random special tokens", "torch.randint(0, len(tokenizer)", "torch.randint(0, 5"),
@@ -228,8 +232,9 @@ MISTAKES = {
         ("all is the number of texts", "labels.numel() if", "len(labels) if"),
         ("0 / 0", "max(int(masked.sum()), 1)", "masked.sum()"),
         ("one more", "max(int(masked.sum()), 1)", "(masked.sum() + 1)"),
-        ("mean of the texts' means", "    total = ", "    return sum(torch.nan_to_num(F.cross_entropy(s.float(), y)) "
-         "for s, y in zip(scores, labels)) / len(labels)\n    total = "),
+        ("mean of the texts' means", "    total = ",
+         "    losses = [F.cross_entropy(s.float(), y) for s, y in zip(scores, labels)]\n"
+         + "    return torch.stack(losses).nan_to_num().mean()\n    total = "),
         ("padding counts as word 0", "masked = labels != -100", "masked, labels = labels > -200, labels.clamp(min=0)"),
         ("word 0 ignored", "labels != -100", "labels > 0"),
         ("a sign", "total = -log_p", "total = log_p"),
@@ -240,7 +245,8 @@ MISTAKES = {
         ("half precision", "scores[masked].float()", "scores[masked]"),
         ("float after the softmax", ".float().log_softmax(-1)", ".log_softmax(-1).float()"),
         ("unknown passes", 'over not in ("masked", "all")', "False"),
-        ("last word of a text left out", "masked = labels != -100", "masked = labels != -100\n    masked[:, -1] = False"),
+        ("last word of a text left out", "masked = labels != -100",
+         "masked = labels != -100\n    masked[:, -1] = False"),
         ("detached", "-log_p.gather", "-log_p.detach().gather"),
     ],
     9: [
@@ -276,7 +282,8 @@ MISTAKES = {
         ("sum for mean", "p.grad.div_(len(batches))", "pass"),
         ("divided twice", "loss = loss_of(model, batch)", "loss = loss_of(model, batch) / len(batches)"),
         ("old gradients stay", "p.grad = None", "pass"),
-        ("gradients of the last batch only", "        loss.backward()", "        optimizer.zero_grad()\n        loss.backward()"),
+        ("gradients of the last batch only", "        loss.backward()",
+         "        optimizer.zero_grad()\n        loss.backward()"),
         ("a step a batch", "        losses.append", "        optimizer.step()\n        losses.append"),
         ("all graphs at once", "        loss.backward()\n        losses.append(loss.detach())\n",
          "        losses.append(loss)\n    sum(losses).backward()\n    losses = [loss.detach() for loss in losses]\n"),
@@ -287,7 +294,8 @@ MISTAKES = {
         ("always scaled", "norm > max_norm", "True"),
         ("each parameter clipped by itself", "        for p in used:\n            p.grad.mul_(max_norm / norm)",
          "        for p in used:\n            p.grad.mul_((max_norm / p.grad.norm()).clamp(max=1))"),
-        ("each batch clipped", "        losses.append", "        nn.utils.clip_grad_norm_(parameters, max_norm)\n        losses.append"),
+        ("each batch clipped", "        losses.append",
+         "        nn.utils.clip_grad_norm_(parameters, max_norm)\n        losses.append"),
         ("clipped by value", "p.grad.mul_(max_norm / norm)", "p.grad.clamp_(-max_norm, max_norm)"),
         ("norm after clipping", "\n    optimizer.step()", "\n        norm = norm * 0 + max_norm\n    optimizer.step()"),
         ("norms added", "for p in used]).norm()", "for p in used]).sum()"),
@@ -341,19 +349,20 @@ MISTAKES = {
         ("without itself", "if i not in own or i == best", "if i not in own"),
         ("videos without captions counted", "            continue\n", "            own = [0]\n"),
         ("all videos have captions", "        if not own:\n            continue\n", ""),
-        ("mean of captions", "column[best].reshape(1, 1), column[rivals]", "column[own].mean().reshape(1, 1), column[rivals]"),
+        ("mean of captions", "column[best].reshape(1, 1), column[rivals]",
+         "column[own].mean().reshape(1, 1), column[rivals]"),
         ("row for column", "column = scores[:, video].clone()", "column = scores[video % len(scores)].clone()"),
     ],
     13: [
         ("statistics of the batch", "training=False", "training=self.training"),
         ("always statistics of the batch", "training=False", "training=True"),
-        ("statistics of the batch, numbers kept", "        return nn.functional.batch_norm(\n            x, self.running_mean, self.running_var,",
-         "        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))\n        return nn.functional.batch_norm(\n            x, mean, var,"),
+        ("statistics of the batch, numbers kept", "x, self.running_mean, self.running_var,",
+         "x, x.mean((0, 2, 3)), x.var((0, 2, 3)),"),
         ("parameters", "self.register_buffer(name, torch.full((channels,), value))",
          "setattr(self, name, nn.Parameter(torch.full((channels,), value)))"),
         ("weight and bias are parameters", "        self.eps = eps",
          "        for name in ('weight', 'bias'):\n            value = self._buffers.pop(name)\n"
-         "            self.register_parameter(name, nn.Parameter(value))\n        self.eps = eps"),
+         + "            self.register_parameter(name, nn.Parameter(value))\n        self.eps = eps"),
         ("plain tensors", "self.register_buffer(name,", "setattr(self, name,"),
         ("not saved", "torch.full((channels,), value))", "torch.full((channels,), value), persistent=False)"),
         ("no eps", "eps=self.eps", "eps=0.0"),
@@ -361,7 +370,8 @@ MISTAKES = {
         ("another eps", "eps=1e-5):", "eps=1e-3):"),
         ("eps beside the root", "        return nn.functional.batch_norm(",
          "        v = [t[:, None, None] for t in (self.running_mean, self.running_var, self.weight, self.bias)]\n"
-         "        return (x - v[0]) / (v[1].sqrt() + self.eps) * v[2] + v[3]\n        return nn.functional.batch_norm("),
+         + "        return (x - v[0]) / (v[1].sqrt() + self.eps) * v[2] + v[3]\n"
+         + "        return nn.functional.batch_norm("),
         ("no root", "self.running_var,", "self.running_var.square(),"),
         ("mean and bias confused", "x, self.running_mean, self.running_var, self.weight, self.bias",
          "x, self.bias, self.running_var, self.weight, self.running_mean"),
@@ -370,7 +380,8 @@ MISTAKES = {
         ("starts at zero", '("running_var", 1.0)', '("running_var", 0.0)'),
         ("weights of zero", '("weight", 1.0)', '("weight", 0.0)'),
         ("one number for all channels", "torch.full((channels,)", "torch.full((1,)"),
-        ("last axis for channels", "        return nn.functional.batch_norm(", "        x = x.transpose(1, 3)\n        return nn.functional.batch_norm("),
+        ("last axis for channels", "        return nn.functional.batch_norm(",
+         "        x = x.transpose(1, 3)\n        return nn.functional.batch_norm("),
         ("no gradient", "            x, self.running_mean", "            x.detach(), self.running_mean"),
     ],
 }  # fmt: skip
@@ -432,3 +443,95 @@ def test_every_mistake_is_found(number):
         if not any(results.values()):
             unfound.append(what)
     assert unfound == []
+
+
+# ---------------------------------------------------------------- the copy and its grading
+
+
+@pytest.fixture
+def copy(tmp_path):
+    assignment.write_copy(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_the_copy_holds_no_solution_and_everything_that_its_tests_need(copy):
+    for exercise in EXERCISES.values():
+        source = (copy / SOURCES[exercise.module].name).read_text(encoding="utf-8")
+        for name in exercise.functions:
+            kept, whole = assignment.extract(source, name), assignment.extract(TEXTS[exercise.module], name)
+            assert "raise NotImplementedError" in kept.splitlines()[-1]
+            code = [line for line in kept.splitlines()[:-1] if not line.lstrip().startswith("# ")]
+            assert whole.startswith("\n".join(code))  # signature and docstring, and no line after them
+    text = (copy / "ASSIGNMENT.md").read_text(encoding="utf-8")
+    for number, exercise in EXERCISES.items():
+        assert f"## Exercise {number}: {exercise.title} ({exercise.points} points)" in text
+        assert all(f"`{name}`" in text for name in exercise.functions)
+    # It can be imported, and a function that is not done says which exercise it is.
+    modules = {name: assignment.load(name, (copy / path.name).read_text(encoding="utf-8"))
+               for name, path in SOURCES.items()}  # fmt: skip
+    with pytest.raises(NotImplementedError, match="Exercise 5: From clips to a video"):
+        modules["clipbert"].aggregate_clips(None, "mean")
+
+
+def test_blank_keeps_decorators_signature_docstring_and_shapes():
+    kept = 'class A:\n    @property\n    def f(self):\n        """Doc."""\n'
+    source = kept + "        x = 1  # (B, d)\n        return x\n\n    y = 2\n"
+    blank = kept + '        # x: (B, d)\n        raise NotImplementedError("Exercise 1")\n\n    y = 2\n'
+    assert assignment.blank(source, "A.f", "Exercise 1") == blank
+    assert assignment.blank("def g():\n    return 1\n", "g", "no") == 'def g():\n    raise NotImplementedError("no")\n'
+    with pytest.raises(LookupError, match="A.g"):
+        assignment.blank(source, "A.g", "")
+
+
+def test_each_exercise_is_graded_with_all_others_solved(copy):
+    """A student's file: one exercise in another way with a helper, one lost, one wrong, all others not begun."""
+    source = (copy / "clipbert.py").read_text(encoding="utf-8")
+    helper = 'def aggregate_clips(logits, how):\n    return help_with(logits, how)\n'
+    source = assignment.splice(source, "aggregate_clips", helper)
+    source += assignment.extract(OTHERS, "aggregate_clips").replace("aggregate_clips", "help_with") + "\n"
+    source = assignment.splice(source, "learning_rate", "")
+    solved = assignment.solved(source, TEXTS["clipbert"], but=5)
+    assert failed(5, solved) == [] and "Exercise 5" not in solved and "Exercise 4" not in solved
+    assert len(failed(4, assignment.solved(source, TEXTS["clipbert"], but=4))) >= 5
+    with pytest.raises(LookupError, match="learning_rate"):
+        assignment.find(source, "learning_rate")
+
+
+def test_grading_survives_what_students_write(copy, monkeypatch, capsys):
+    """In processes of their own, with a limit: solutions that hang or end the process, files that can't be imported."""
+    monkeypatch.setattr(assignment, "LIMIT", 20)
+    (copy / "clipbert.py").write_text(TEXTS["clipbert"], encoding="utf-8")  # all solved
+    hang = "def mean_rank(own, scores):\n    while True:\n        pass"
+    code = assignment.splice(TEXTS["finetune"], "mean_rank", hang)
+    (copy / "finetune.py").write_text(code, encoding="utf-8")
+    (copy / "data.py").write_text("def sample_clips(:\n", encoding="utf-8")
+    die = "def accumulate_gradients(*_):\n    __import__('os')._exit(0)"
+    code = assignment.splice(TEXTS["exercises"], "accumulate_gradients", die)
+    (copy / "exercises.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(assignment, "EXERCISES", {i: EXERCISES[i] for i in (1, 5, 10)})
+    assert assignment.grade(copy) == EXERCISES[5].points
+    lines = capsys.readouterr().out.splitlines()
+    assert "data.py: SyntaxError" in lines[1] and " 0 of 10" in lines[1]
+    assert lines[2].endswith("8 of 8") and " 6 of  6" in lines[2]
+    assert "ended without an answer" in lines[3]
+    assert lines[-1].split() == ["all", "6", "of", "24"]
+    monkeypatch.setattr(assignment, "EXERCISES", {12: EXERCISES[12]})
+    monkeypatch.setattr(assignment, "LIMIT", 4)
+    assert assignment.grade(copy) == 0 and "stopped after 4 seconds" in capsys.readouterr().out
+
+
+def test_grading_counts_all_tests_or_nothing(tmp_path, monkeypatch, capsys):
+    answers = {number: {"a": None, "b": None} for number in EXERCISES} | {2: {"a": None, "b": "b: wrong"}, 3: "no file"}
+    monkeypatch.setattr(assignment, "isolated", lambda context, number, out: answers[number])
+    everything = sum(exercise.points for exercise in EXERCISES.values())
+    assert everything == 100
+    assert assignment.grade(tmp_path) == everything - EXERCISES[2].points - EXERCISES[3].points
+    out = capsys.readouterr().out
+    assert "1 of 2  b: wrong" in out and "-  no file" in out
+
+
+def test_errors_are_one_line(copy, tmp_path):
+    for arguments, line in ([copy], "not empty"), ([tmp_path / "nowhere", "--grade"], "no such folder"):
+        command = [sys.executable, HERE / "assignment.py", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and line in result.stderr

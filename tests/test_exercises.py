@@ -6,6 +6,7 @@ this one) or can be checked by hand.
 """
 
 import gzip
+import itertools
 import json
 import math
 from collections import Counter
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import exercises
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,6 @@ from torch import nn
 
 import clipbert
 import data
-import exercises
 import finetune
 
 HERE = Path(__file__).resolve().parent
@@ -34,6 +35,11 @@ TINY = replace(clipbert.ClipBertConfig.tiny(vocab_size=200), hidden_size=32, lay
 
 def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=tolerance, atol=tolerance)
+
+
+def stored(name):
+    """A copy: nothing that a solution does to it reaches the next test."""
+    return TENSORS[f"multichoice/{name}"].clone()
 
 
 def seeded(seed):
@@ -77,6 +83,8 @@ def test_exercise1_uniform_clips_are_the_references():
         assert clips.shape == (n_clips, n_frames) and clips.dtype == torch.int64
         assert clips[clip].tolist() == expected
     assert sample(300, 30.0, 8, 2, 2)[:, 0].tolist() == [0, 34, 68, 102, 135, 169, 203, 237]
+    assert sample(300, 30.0, 2, 3, 2).tolist() == [[0, 22, 44], [128, 150, 172]]  # a second and a half
+    assert sample(200, 25.0, 2, 2, 0.8).tolist() == [[0, 61], [69, 130]]  # two and a half: 62.5 frames
 
 
 def test_exercise1_one_test_clip_is_the_middle():
@@ -163,8 +171,10 @@ def test_exercise2_bilinear_by_hand():
 
 def test_exercise2_stored_numbers_of_an_odd_frame():
     frame = (torch.arange(105).view(3, 5, 7) * 37 % 101).float()
-    expected = [[10.2083, 50.2188, 47.0938, 31.3438, 69.2500, 31.4063], [43.5833, 70.9688, 51.0104, 35.2604, 52.1250, 60.5729],
-                [46.4479, 31.7500, 59.1354, 43.3854, 60.2500, 68.6979], [33.5312, 65.1250, 71.4688, 55.7188, 27.3438, 48.4167]]  # fmt: skip
+    expected = [
+        [10.2083, 50.2188, 47.0938, 31.3438, 69.2500, 31.4063], [43.5833, 70.9688, 51.0104, 35.2604, 52.1250, 60.5729],
+        [46.4479, 31.7500, 59.1354, 43.3854, 60.2500, 68.6979], [33.5312, 65.1250, 71.4688, 55.7188, 27.3438, 48.4167],
+    ]  # fmt: skip
     small = data.resize_and_pad(frame, 6)
     assert small.shape == (3, 6, 6) and (small[:, 4:] == 0).all()
     close(small[0, :4], torch.tensor(expected), 1e-3)
@@ -218,8 +228,8 @@ def test_exercise3_stored_tokens_of_the_reference():
     module, prefix = visual_embedding(), "multichoice/state/bert.visual_embeddings."
     state = {name.removeprefix(prefix): value for name, value in TENSORS.items() if name.startswith(prefix)}
     module.load_state_dict({name: state[name] for name in module.state_dict()})
-    tokens = module(TENSORS["multichoice/in/visual_inputs_before_repeat"])  # (2, 2, 3, 4, 32): two frames, 3 x 4 cells
-    close(tokens, TENSORS["multichoice/out/act.visual_embedding_output"][::5])
+    tokens = module(stored("in/visual_inputs_before_repeat"))  # (2, 2, 3, 4, 32): two frames, 3 x 4 cells
+    close(tokens, stored("out/act.visual_embedding_output")[::5])
 
 
 def test_exercise3_rows_columns_and_type_are_added_row_by_row():
@@ -314,12 +324,13 @@ def test_exercise3_gradients_reach_every_frame_and_table_on_any_device():
 # Exercise 4: [text; grid] with its mask
 
 
-def seen_as(tokens=None):
-    """A stand-in for VisualEmbedding.forward (exercise 3): these tokens, or the first frame's cells as they are."""
+def seen_as(tokens=None, of=()):
+    """A stand-in for VisualEmbedding.forward (exercise 3): these tokens `of` these videos, or just the grid's cells."""
 
     def forward(self, grid, keep=None):
-        x = grid[:, 0].flatten(1, 2) if tokens is None else tokens
-        return x[:, :keep]
+        if tokens is None:
+            return grid[:, 0].flatten(1, 2)[:, :keep]
+        return torch.stack([tokens[next(i for i, known in enumerate(of) if known.equal(x))] for x in grid])
 
     return mock.patch.object(clipbert.VisualEmbedding, "forward", forward)
 
@@ -346,12 +357,11 @@ def test_exercise4_stored_states_of_the_reference():
         model, {"transformer." + k.removeprefix(prefix): v for k, v in TENSORS.items() if k.startswith(prefix)
                 if "classifier" not in k}
     )  # fmt: skip
-    get = {name: TENSORS[f"multichoice/{name}"] for name in ("in/text_input_ids", "in/text_input_mask")}
-    grid = TENSORS["multichoice/in/visual_inputs_before_repeat"]
-    with seen_as(TENSORS["multichoice/out/act.visual_embedding_output"][::5]):
-        hidden, pooled = model.fuse(grid, get["in/text_input_ids"], get["in/text_input_mask"])  # 2 videos, 5 texts each
-    close(hidden, TENSORS["multichoice/out/act.layer1"])
-    close(pooled, TENSORS["multichoice/out/act.pooled_output"])
+    grid, ids, mask = map(stored, ("in/visual_inputs_before_repeat", "in/text_input_ids", "in/text_input_mask"))
+    with seen_as(stored("out/act.visual_embedding_output")[::5], of=grid):
+        hidden, pooled = model.fuse(grid, ids, mask)  # 2 videos, 5 texts each
+    close(hidden, stored("out/act.layer1"))
+    close(pooled, stored("out/act.pooled_output"))
 
 
 def test_exercise4_shapes_and_order_text_first():
@@ -611,10 +621,9 @@ def test_exercise6_losses_are_finite_scalars_with_gradients():
               "match": torch.tensor([0, 1]), "rank": torch.tensor([1, 0]), "count": torch.tensor([2, 3])}  # fmt: skip
     for scale in (1.0, 1000.0):
         for kind, t in target.items():
-            p = (scale * torch.tensor([[1.0, -1.0], [1.0, -1.0]] if kind in ("answer", "soft", "match") else [[1.0], [-1.0]])
-                 ).requires_grad_()  # fmt: skip
-            with torch.device("meta"):  # whatever is made without asking where lands on another device than p
-                loss = clipbert.video_loss(p, t, kind)
+            p = torch.tensor([[1.0, -1.0], [1.0, -1.0]] if kind in ("answer", "soft", "match") else [[1.0], [-1.0]])
+            p = (scale * p).requires_grad_()
+            loss = clipbert.video_loss(p, t, kind)
             assert loss.shape == () and loss.isfinite()
             loss.backward()
             assert p.grad.isfinite().all()
@@ -675,7 +684,8 @@ def test_exercise7_random_tokens_are_any_words():
 
 
 def test_exercise7_special_tokens_are_never_touched():
-    ids = TOKENIZER(["worda wordb unknownword", "worda"], padding=True, return_tensors="pt")["input_ids"].repeat(2000, 1)
+    ids = TOKENIZER(["worda wordb unknownword", "worda"], padding=True, return_tensors="pt")["input_ids"]
+    ids = ids.repeat(2000, 1)
     ids[::5, 1] = TOKENIZER.mask_token_id
     special = ids < 5  # [PAD] [UNK] [CLS] [SEP] [MASK]
     assert len(ids[special].unique()) == 5
@@ -865,7 +875,7 @@ def test_exercise9_half_are_wrong_at_every_place_and_in_every_image():
         rows = [labels for _, _, labels in drawn(PHOTOS, n, 1000)]
         for place in range(n):
             assert sum(labels[place] for labels in rows) / 1000 == pytest.approx(0.5, abs=0.06)
-        assert all(a != b for labels in rows for a, b in zip(labels, labels[1:], strict=False))  # they take turns
+        assert all(a != b for labels in rows for a, b in itertools.pairwise(labels))  # they take turns
 
 
 def test_exercise9_every_caption_may_come_as_right_and_as_wrong():
@@ -1043,8 +1053,8 @@ def test_exercise11_peak_at_the_end_of_warmup():
         lrs = [clipbert.learning_rate(step, total, 3e-4, ratio) for step in range(1, total + 1)]
         assert max(lrs) == lrs[warmup - 1] == pytest.approx(3e-4)
         rise, fall = lrs[:warmup], lrs[warmup - 1 :]
-        assert all(a < b for a, b in zip(rise, rise[1:], strict=False))
-        assert all(a > b for a, b in zip(fall, fall[1:], strict=False))
+        assert all(a < b for a, b in itertools.pairwise(rise))
+        assert all(a > b for a, b in itertools.pairwise(fall))
         assert rise == pytest.approx([3e-4 * (i + 1) / warmup for i in range(warmup)])
         assert fall[:-1] == pytest.approx([3e-4 * (1 - i / (total - warmup)) for i in range(total - warmup)])
 
@@ -1068,6 +1078,7 @@ def test_exercise11_without_or_with_nothing_but_warmup():
     assert clipbert.learning_rate(1, 9, 1.0) == pytest.approx(8 / 9)  # a tenth of nine steps is none
     assert [clipbert.learning_rate(step, 4, 1.0, 1.0) for step in (1, 2, 3)] == pytest.approx([0.25, 0.5, 0.75])
     assert clipbert.learning_rate(4, 4, 1.0, 1.0) == 1e-8
+    assert clipbert.learning_rate(1, 2, 1.0, 0.5) == 1.0
 
 
 def test_exercise11_is_in_proportion_to_the_peak():
