@@ -89,7 +89,8 @@ EXERCISES = {
         question stand below each other and compete with each other. With soft targets (VQA) p may have more outputs
         than there are answers; those are never right, and the loss is summed over p's outputs and averaged over
         questions. Retrieval is either a two-way classification or a ranking: the video's own caption should get a
-        higher probability than each wrong one, by a margin. An unknown kind is a ValueError.""",
+        higher probability than each wrong one, by a margin of .2, averaged over all wrong ones. An unknown kind is a
+        ValueError.""",
     ),
     7: Exercise(
         "Which words to mask", 8, "data", ("mask_tokens",), "section 3, pretraining (MLM)",
@@ -115,8 +116,8 @@ EXERCISES = {
     10: Exercise(
         "Gradient accumulation", 8, "exercises", ("accumulate_gradients",), "section 4, implementation",
         """A batch that does not fit into memory can be seen in parts: gradients add up in `.grad` until the optimizer
-        steps. Make k batches worth one large one. The training loops of finetune.py and pretrain.py do the same in
-        passing (the authors' code adds the gradients up where we average them).""",
+        steps. Make k batches worth one large one. The project's training loops do the same in passing (the authors'
+        code adds the gradients up where we average them).""",
     ),
     11: Exercise(
         "The learning rate", 6, "clipbert", ("learning_rate",), "section 4, implementation",

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def accumulate_gradients(model, optimizer, batches, loss_of, max_norm):
-    """One update from several batches, as if they were one large batch (paper, section 4; `finetune.train`).
+    """One update from several batches, as if they were one large batch (paper, section 4).
 
         gradient = 1/k sum_j  d loss_of(model, batches[j]) / d parameters,     clipped to norm max_norm, then one step
 

@@ -187,7 +187,6 @@ MISTAKES = {
         ("rank without zeros in the mean", "return F.relu(margin - (own.unsqueeze(1) - wrong)).mean()",
          "loss = F.relu(margin - (own.unsqueeze(1) - wrong))\n    return loss.sum() / (loss > 0).sum().clamp(min=1)"),
         ("own caption last", "p[:, 0]), torch.sigmoid(p[:, 1:])", "p[:, -1]), torch.sigmoid(p[:, :-1])"),
-        ("margin fixed", "margin - (own", "0.2 - (own"),
         ("another margin", "margin=0.2", "margin=0.1"),
         ("rank in pairs only", "p.reshape((target == 1).sum(), -1)", "p.reshape(-1, 2)"),
         ("unknown passes", 'if kind == "rank":', "if True:"),

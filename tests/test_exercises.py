@@ -595,25 +595,29 @@ def test_exercise6_count_is_squared_error():
     close(clipbert.video_loss(torch.tensor([[3.5]]), torch.tensor([3]), "count"), 0.25)
 
 
-def test_exercise6_rank_is_a_margin_between_probabilities():
-    half = torch.zeros(1, 2)
-    close(clipbert.rank_loss(half), 0.2)
-    close(clipbert.rank_loss(half, margin=0.5), 0.5)
+def rank(rows):
+    """The rank loss of rows of scores, a video's own caption first in each."""
+    rows = torch.as_tensor(rows)
+    target = torch.zeros(rows.shape, dtype=torch.long)
+    target[:, 0] = 1
+    return clipbert.video_loss(rows.reshape(-1, 1), target.flatten(), "rank")
+
+
+def test_exercise6_rank_is_a_margin_of_a_fifth_between_probabilities():
+    close(rank([[0.0, 0.0]]), 0.2)
     # sigmoid(ln 3) = .75, sigmoid(-ln 3) = .25: own .75, wrong .25 and .75
-    p = torch.tensor([[math.log(3), -math.log(3), math.log(3)]])
-    close(clipbert.rank_loss(p), 0.1)  # (0 + .2) / 2
-    close(clipbert.rank_loss(p, margin=0.6), 0.35)  # (.1 + .6) / 2
-    close(clipbert.rank_loss(-p), 0.45)  # (.7 + .2) / 2
-    close(clipbert.rank_loss(torch.tensor([[1000.0, -1000.0], [-1000.0, 1000.0]])), 0.6)  # (0 + 1.2) / 2
-    # through video_loss: two videos, three captions each, each video's own caption first
-    p = torch.tensor([5.0, -5.0, -5.0, 0.0, 0.0, 0.0])[:, None]
-    close(clipbert.video_loss(p, torch.tensor([1, 0, 0, 1, 0, 0]), "rank"), 0.1)  # (0 + 0 + .2 + .2) / 4
+    row = torch.tensor([[math.log(3), -math.log(3), math.log(3)]])
+    close(rank(row), 0.1)  # (0 + .2) / 2
+    close(rank(-row), 0.45)  # (.7 + .2) / 2
+    close(rank([[math.log(1.5), 0.0]]), 0.1)  # own .6, wrong .5: within the margin
+    close(rank([[1000.0, -1000.0], [-1000.0, 1000.0]]), 0.6)  # (0 + 1.2) / 2
+    close(rank([[5.0, -5.0, -5.0], [0.0, 0.0, 0.0]]), 0.1)  # (0 + 0 + .2 + .2) / 4
 
 
 def test_exercise6_rank_pushes_own_up_and_wrong_down_until_the_margin():
-    p = torch.tensor([[0.1, 0.0], [9.0, -9.0]], requires_grad=True)
-    clipbert.rank_loss(p).backward()
-    assert p.grad[0, 0] < 0 < p.grad[0, 1] and (p.grad[1] == 0).all()
+    rows = torch.tensor([[0.1, 0.0], [9.0, -9.0]], requires_grad=True)
+    rank(rows).backward()
+    assert rows.grad[0, 0] < 0 < rows.grad[0, 1] and (rows.grad[1] == 0).all()
 
 
 def test_exercise6_losses_are_finite_scalars_with_gradients():
