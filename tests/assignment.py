@@ -19,6 +19,7 @@ import multiprocessing
 import re
 import shutil
 import sys
+import textwrap
 import traceback
 import types
 from pathlib import Path
@@ -234,7 +235,7 @@ it is; the tests that count are our own copy. When all is done, `python finetune
         names = ", ".join(f"`{name}`" for name in exercise.functions)
         parts.append(f"## Exercise {number}: {exercise.title} ({exercise.points} points)\n\n"
                      f"{names} in `{SOURCES[exercise.module].name}`. Paper: {exercise.place}.\n\n"
-                     f"{' '.join(exercise.text.split())}")  # fmt: skip
+                     f"{textwrap.fill(' '.join(exercise.text.split()), 120)}")  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
