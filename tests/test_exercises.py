@@ -9,6 +9,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -438,8 +439,9 @@ def test_exercise4_texts_of_a_video_stand_one_after_the_other():
 def test_exercise4_texts_that_do_not_divide_are_refused():
     model = encoder()
     for videos, count in ((2, 3), (3, 4), (2, 1)):
-        with pytest.raises(ValueError, match=rf"{count}\b.*{videos}\b"):
+        with pytest.raises(ValueError) as error:
             fuse(model, normal(videos, 1, 2, 2, 32), *texts(*[4] * count))
+        assert {str(count), str(videos)} <= set(re.findall(r"\d+", str(error.value)))
 
 
 def test_exercise4_keep_is_passed_on():
