@@ -11,6 +11,7 @@ Four parts, in the order in which data flows:
     python data.py toy DIR                      write the toy data to DIR
     python data.py check --task T --data DIR    what is missing, broken, doubled, cut: before hours are spent on it
     python data.py cache --data DIR             decode each video there once, into small files for --cache
+    python data.py show VIDEO --clips 4         draw the frames that a model would look at
 
 A frame index is a point on a regular grid: frame i is what the file shows at i / fps seconds. For a constant-rate
 video that is simply its i-th frame, and variable rates need no special care.
@@ -44,7 +45,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 from transformers import BertTokenizer
@@ -1656,6 +1657,69 @@ def toy_data(*parts, folder="toy_data"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Seeing what sampling and resizing make of a video
+
+SHEET_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # by Okabe and Ito: all can tell them
+
+
+def contact_sheet(path, n_clips, n_frames, target_fps, size, train, seed=0):
+    """A picture 1600 pixels wide: a video's clips on its time line, and their frames as the model receives them."""
+    media, generator = probe(path), torch.Generator().manual_seed(seed)
+    clips = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, train, generator)
+    clips = clips[clips[:, 0].argsort(stable=True)]  # random ones in the order of time, too
+    frames = read_frames(path, clips.flatten().tolist(), size).permute(0, 2, 3, 1).numpy()
+    columns = max(1, min(n_clips, 8 // n_frames))  # clips in a row
+    side = min(360, (1544 - columns * (24 + 6 * n_frames)) // (columns * n_frames))  # of a frame
+    sheet = Image.new("RGB", (1600, 200 + 26 * n_clips + -(-n_clips // columns) * (side + 84)), "white")
+    draw = ImageDraw.Draw(sheet)
+    write(draw, (40, 24), Path(path).name[:50], 28)
+    how = f"at random (seed {seed})" if train else "uniform" if n_clips > 1 else "in the middle"
+    write(draw, (1560, 30), f"N = {n_clips} {how}, T = {n_frames}, {media.width} x {media.height} pixels to "
+          f"{size} x {size}", 20, "#555555", "ra")  # fmt: skip
+    top = draw_time_line(draw, media, (clips / media.fps).tolist(), n_frames / target_fps) + 30
+    h, w = (side * n // size for n in resized_shape(media.height, media.width, size))
+    for i, pixels in enumerate(frames):
+        clip, t = divmod(i, n_frames)
+        color = SHEET_COLORS[clip % len(SHEET_COLORS)]
+        x = 40 + clip % columns * (n_frames * (side + 6) + 24) + t * (side + 6)
+        y = top + 30 + clip // columns * (side + 84)
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=color, width=2)
+        if side - h > 20 or side - w > 70:
+            middle = ((w + side * (w < h)) // 2, (h + side * (h < w)) // 2)  # of what is right of the picture, or below
+            write(draw, (x + middle[0], y + middle[1]), "padding", 15, "#999999", "mm")
+        write(draw, (x, y - 30), f"clip {clip + 1}" if t == 0 else "", 20, color)
+        write(draw, (x + side // 2, y + side + 8), f"{clips[clip, t] / media.fps:.2f} s", 18, "#333333", "ma")
+    return sheet.crop((0, 0, 1600, y + side + 54))
+
+
+def draw_time_line(draw, media, times, length):
+    """Seconds on an axis, below it a numbered bar for each clip, with a dot for each frame. -> the lowest bar's end."""
+    seconds, ends = media.num_frames / media.fps, []  # ends: when each lane is free again; clips may overlap
+    step = next((s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300) if seconds / s <= 12), seconds / 10)
+    draw.line((40, 92, 1560, 92), fill="#333333", width=2)
+    for i in range(int(seconds / step + 1e-6) + 1):
+        x = 40 + 1520 * i * step / seconds
+        draw.line((x, 86, x, 92), fill="#333333", width=2)
+        write(draw, (x, 82), f"{i * step:g} s", 16, "#333333", "ms")
+    for i, row in enumerate(times):
+        lane = next((lane for lane, end in enumerate(ends) if end <= row[0] + 1e-6), len(ends))
+        ends[lane : lane + 1] = [row[0] + length]
+        left, right = (40 + 1520 * min(t / seconds, 1) for t in (row[0], row[0] + length))
+        box = (left, 100 + 26 * lane, max(right - 2, left + 8), 122 + 26 * lane)
+        draw.rectangle(box, fill=SHEET_COLORS[i % len(SHEET_COLORS)])
+        for t in row:
+            x = min(40 + 1520 * t / seconds + 5, box[2] - 3)
+            draw.ellipse((x - 2, box[3] - 6, x + 2, box[3] - 2), fill="white")
+        write(draw, ((box[0] + box[2]) / 2, box[1] + 10), str(i + 1), 16, "white", "mm")
+    return 122 + 26 * (len(ends) - 1)
+
+
+def write(draw, place, text, size, color="black", anchor="la"):
+    draw.text(place, text, fill=color, font=ImageFont.load_default(size), anchor=anchor)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Is the data whole? `python data.py check`
 
 
@@ -1888,6 +1952,11 @@ def run_check(args):
     return bool(stops)
 
 
+def run_show(args):
+    contact_sheet(args.video, args.clips, args.frames, args.fps, args.size, args.train, args.seed).save(args.out)
+    print(f"{args.out}: {args.clips} clips of {args.frames} frames")
+
+
 def main(arguments=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1910,10 +1979,20 @@ def main(arguments=None):
     small.numbers("--size", low=16, high=6400, default=448, help="as in training (default: 448)")
     small.numbers("--workers", high=256, default=os.cpu_count(), help="videos at once (default: one a core)")
     small.set_defaults(run=lambda args: write_cache(args.data, args.size, args.fps, args.workers))
+    showing = commands.add_parser("show", help="draw a video's clips and frames")
+    showing.add_argument("video", type=Path)
+    showing.numbers("--clips", high=64, default=4)
+    showing.numbers("--frames", high=64, default=2)
+    showing.numbers("--size", low=16, high=2048, default=448)
+    showing.numbers("--fps", kind=float, low=0.001, high=1000, default=2.0, help="a clip of T frames spans T / fps s")
+    showing.add_argument("--train", action="store_true", help="random clips, as in training")
+    showing.numbers("--seed", low=0, default=0, help="... which ones")
+    showing.add_argument("--out", type=Path, default="sheet.png")
+    showing.set_defaults(run=run_show)
     args = parser.parse_args(arguments)
     try:
         sys.exit(args.run(args))
-    except DataError as error:
+    except ValueError as error:  # DataErrors, and --out with an ending that no picture has
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}; choose another place"

@@ -510,7 +510,7 @@ def retrieval_run(folder):
     torch.manual_seed(0)
     vocabulary = data.vocabulary_from_text([e.text for e in examples])
     task, device = finetune.task_row(args, None), clipbert.choose_device(args)
-    settings, tokenizer = finetune.settings_for(args, "tiny"), data.build_tokenizer(vocabulary)
+    settings, tokenizer = finetune.settings_for(args, clipbert.ClipBertConfig.tiny()), data.build_tokenizer(vocabulary)
     run = finetune.Run(task, folder, settings, device, tokenizer, None, 0, False)
     return run, device.place(clipbert.ClipBert(clipbert.ClipBertConfig.tiny(len(vocabulary)), 2)), examples
 
