@@ -289,7 +289,10 @@ class ClipBert(VideoTextEncoder):
         """p_i = H(F_v(c_i), F_l(S)) for one clip of each video (paper, section 3).
 
         frames (B, T, 3, L, L) uint8 or float RGB 0..255; input_ids, attention_mask (B*n, Lt) -> (B*n, num_outputs).
+        With frames (B, N, T, 3, L, L) it is `clip_logits`: several processes train through forward alone.
         """
+        if frames.dim() == 6:
+            return clip_logits(self, frames, input_ids, attention_mask)
         return self.classify(self.encode_frames(frames), input_ids, attention_mask)
 
 
@@ -742,10 +745,10 @@ def join_processes():
 def first_one_first():
     """The others wait: there may be toy data to write, or weights to download."""
     if RANK:
-        dist.barrier()
+        gather(None)
     yield
-    if PROCESSES > 1 and not RANK:
-        dist.barrier()
+    if not RANK:
+        gather(None)
 
 
 def parallel(module):
@@ -758,17 +761,6 @@ def gather(value):
     if PROCESSES > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-class AllClips(nn.Module):
-    """`clip_logits` as the forward of a module, the one method that DistributedDataParallel sees."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, frames, input_ids, attention_mask):
-        return clip_logits(self.model, frames, input_ids, attention_mask)
 
 
 class Device(NamedTuple):
@@ -890,8 +882,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():  # else another --precision
             self.scaler.load_state_dict(state["scaler"])
-        torch.manual_seed(self.run.seed + RANK)  # of a process that the stopped run did not have
-        for random_states in state["random"][RANK : RANK + 1]:
+        for random_states in state["random"][RANK : RANK + 1]:  # none, if the stopped run had fewer processes
             torch.set_rng_state(random_states["torch"])
             if torch.cuda.is_available() and random_states["cuda"] is not None:
                 torch.cuda.set_rng_state(random_states["cuda"])
@@ -899,8 +890,8 @@ class Training:
     def summary(self, per_step, unit):
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         settings = ", ".join(f"{name} {value}" for name, value in self.run.settings.items() if value is not None)
-        device = self.run.device.name + (f" x {PROCESSES}" if PROCESSES > 1 else "")
-        return f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on {device}: {settings}"
+        return (f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on "
+                f"{self.run.device.name}: {settings}")  # fmt: skip
 
     def list_unreadable(self):
         list_unreadable(sum(gather(self.unreadable), Counter()), "replaced by other examples in training")

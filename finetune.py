@@ -219,15 +219,15 @@ def train(run, model, training, examples, validate):
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader(examples, s["train_clips"], True, own_batches))
     steps_per_epoch = -(-len(examples) // (s["batch_size"] * n))
-    all_clips = clipbert.parallel(clipbert.AllClips(model))
+    forward = clipbert.parallel(model)
     model.train()
     for step in training.steps():
         loss = 0.0
         for i in range(s["grad_accum"]):
-            all_clips.require_backward_grad_sync = i == s["grad_accum"] - 1  # else as in DDP's no_sync()
+            forward.require_backward_grad_sync = i == s["grad_accum"] - 1  # else as in DDP's no_sync()
             batch = device.move(next(loader))
             with device.autocast():
-                logits = all_clips(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
+                logits = forward(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
                 p = clipbert.aggregate_clips(logits.float(), s["agg"])  # p = G(p_1, ..., p_N)
                 # The reference sums the gradients of accumulated batches; the mean makes two batches of 16 one of 32.
                 part = clipbert.video_loss(p, batch["target"], run.task.kind) / s["grad_accum"]

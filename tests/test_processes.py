@@ -57,12 +57,12 @@ def fine_tuned(toy, tmp_path_factory):
 
 @pytest.mark.parametrize("script", [finetune, pretrain], ids=["finetune", "pretrain"])
 def test_two_processes_equal_one_with_twice_the_accumulation(toy, tmp_path, fine_tuned, script):
-    one, other = tmp_path / "one", fine_tuned
-    folder = toy / ("tgif_qa" if script is finetune else "coco_captions")
-    if script is pretrain:
-        other = tmp_path / "two"
-        assert [finish(process) for process in two(folder, other, *STEPS, script=script)] == [0, 0]
-    assert finish(start(folder, one, *STEPS, "--grad_accum", 2, script=script)) == 0
+    one, other, folder, more = tmp_path / "one", fine_tuned, toy / "tgif_qa", ["--grad_accum", 2]
+    if script is pretrain:  # with two batches an update each, that is, four
+        other, folder, more = tmp_path / "two", toy / "coco_captions", ["--batch_size", 2, "--grad_accum", 4]
+        both = two(folder, other, *STEPS, "--batch_size", 2, "--grad_accum", 2, script=script)
+        assert [finish(process) for process in both] == [0, 0]
+    assert finish(start(folder, one, *STEPS, *more, script=script)) == 0
     weights, twins = (clipbert.load_checkpoint(out / "last.pt")["model"] for out in (one, other))
     for name in weights:
         torch.testing.assert_close(weights[name], twins[name], rtol=0, atol=1e-5)

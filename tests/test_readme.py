@@ -27,5 +27,6 @@ def test_readme_names_what_exists(name):
 def test_readme_flags_exist():
     scripts = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in MODULES.values())
     known = set(re.findall(r'"(--\w+)"', scripts))
-    flags = set(re.findall(r"(?<![\w-])--([a-z_]+)", README)) - {"upgrade", "help"}  # pip's, argparse's own
+    others = {"upgrade", "help", "nproc_per_node"}  # of pip, argparse, torchrun
+    flags = set(re.findall(r"(?<![\w-])--([a-z_]+)", README)) - others
     assert flags and all(f"--{flag}" in known for flag in flags)
