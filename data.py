@@ -1995,7 +1995,7 @@ def main(arguments=None):
     except ValueError as error:  # DataErrors, and --out with an ending that no picture has
         message = str(error)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}; choose another place"
+        message = f"{error.filename}: {error.strerror}; choose another place" if error.filename else str(error)
     except BrokenExecutor:
         message = "a process that read the files was killed, perhaps for memory: try fewer --workers"
     print(f"error: {message}", file=sys.stderr)
