@@ -746,7 +746,8 @@ def _ffmpeg(path: str, arguments: list[str]) -> tuple[bytes, str]:
     """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as process:
+    # A process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in the middle of it.
+    with subprocess.Popen(command, **pipes, process_group=0) as process:
         timer = threading.Timer(TIME_LIMIT, process.kill)  # Popen.wait(timeout) would poll, up to 50 ms late
         timer.start()
         try:

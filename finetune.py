@@ -70,10 +70,12 @@ TASKS = {
                              **RETRIEVAL | {"validation": True, "batch_size": 8, "grad_accum": 4}),
     "activitynet_retrieval": Task("ActivityNet paragraph retrieval", "match", 2,
                                   **RETRIEVAL | {"fps": 1.0, "train_clips": 4, "grad_accum": 2, "epochs": 80}),
-    "msrvtt_qa": Task("MSRVTT-QA", "answer", validation=True, **RETRIEVAL | {"epochs": 10}),
+    "msrvtt_qa": Task("MSRVTT-QA", "answer", validation=True, **RETRIEVAL | {"epochs": 10},
+                      tiny={"train_clips": 2, "lr": 5e-4, "max_steps": 1200}),
     # Five captions, scored by a retrieval model: train (or --eval) one; only the test file is this task's own.
     "msrvtt_mc": Task("MSRVTT multiple choice", "match", 2, **RETRIEVAL),
-    "vqa": Task("VQA v2", "soft", size=768, batch_size=32, grad_accum=1, epochs=5, clip_grad=2.0, test_clips=(1,)),
+    "vqa": Task("VQA v2", "soft", size=768, batch_size=32, grad_accum=1, epochs=5, clip_grad=2.0, test_clips=(1,),
+                tiny={"lr": 5e-4, "max_steps": 1500}),
 }  # fmt: skip
 # How a task's data is read stands in data.py, where `data.py check` needs it, too.
 TASKS = {name: task._replace(**{field: getattr(data.LAYOUTS[name], field)
