@@ -1500,7 +1500,7 @@ def toy_captions(photo):
     does, verb = photo.action or "nothing", "is" if photo.moons == 1 else "are"
     return [
         f"it does {does}",
-        f"it is {photo.color}",
+        f"the thing does {does}",
         f"the {photo.shape} does {does}",
         f"{photo.subject} does {does}",
         f"{photo.subject} is on the {photo.place}",
