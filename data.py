@@ -1103,7 +1103,7 @@ class ClipDataset(torch.utils.data.Dataset):
     def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False):
         self.examples, self.folder = examples, folder
         self.sampling, self.shape = (n_clips, n_frames, fps, size, train), (n_clips, n_frames, 3, size, size)
-        self.train, self.seed, self.blind, self.cache = seed, blind, cache
+        self.train, self.seed, self.blind, self.cache = train, seed, blind, cache
 
     def __len__(self):
         return len(self.examples)

@@ -53,7 +53,7 @@ def test_frames_are_the_models_with_their_padding(video):
 
 
 @pytest.mark.parametrize("arguments, line", [
-    (["missing.gif"], "missing.gif"), (["{video}", "--clips", "0"], "1 to 64 --clips"),
+    (["missing.gif"], "missing.gif"), (["{video}", "--clips", "0"], "1 to 64"),
     (["{video}", "--out", "sheet.nonsense"], "nonsense"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(video, tmp_path, arguments, line, monkeypatch, capsys):
