@@ -217,7 +217,7 @@ def train(run, model, training, examples, validate):
     A step is grad_accum batches, one update. Which examples and which random clips it sees depends on the seed and the
     step alone, so a resumed run repeats the uninterrupted one.
     """
-    s, device, n = run.settings, run.device, run.settings["grad_accum"] * clipbert.PROCESSES  # n batches to a step
+    s, n = run.settings, run.settings["grad_accum"] * clipbert.PROCESSES  # n batches to a step
 
     def batches_after(step):
         return data.training_order(len(examples), s["batch_size"], training.total_steps * n, run.seed, step * n)
@@ -227,22 +227,18 @@ def train(run, model, training, examples, validate):
     ]
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader(examples, s["train_clips"], True, own_batches))
-    steps_per_epoch = -(-len(examples) // (s["batch_size"] * n))
-    forward = clipbert.parallel(model)
+    steps_per_epoch = -(-len(examples) // training.per_step)
     model.train()
     for step in training.steps():
         loss = 0.0
-        for i in range(s["grad_accum"]):
-            forward.require_backward_grad_sync = i == s["grad_accum"] - 1  # else as in DDP's no_sync()
-            batch = device.move(next(loader))
-            with device.autocast():
-                logits = forward(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
-                p = clipbert.aggregate_clips(logits.float(), s["agg"])  # p = G(p_1, ..., p_N)
+        for batch in training.batches(loader):
+            with run.device.autocast():
+                p = training.forward(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
+                p = clipbert.aggregate_clips(p.float(), s["agg"])  # p = G(p_1, ..., p_N)
                 # The reference sums the gradients of accumulated batches; the mean makes two batches of 16 one of 32.
                 part = clipbert.video_loss(p, batch["target"], run.task.kind) / s["grad_accum"]
             training.scaler.scale(part).backward()
             loss = loss + part.detach()
-            training.unreadable.update(line for lines in batch["unreadable"] for line in lines)
         training.update(step, loss=loss)
         if validate and (step % steps_per_epoch == 0 or step == training.total_steps):
             training.flush()
@@ -262,7 +258,8 @@ def score_videos(run, model, examples, n_clips):
     """p of every example at N_test = n_clips, as (scores, readable) pairs in order, and what could not be read."""
     model.eval()
     size = max(1, 2 * run.settings["batch_size"] // n_clips)  # keep the number of clips in memory level
-    batches = [[(0, i) for i in range(b, min(b + size, len(examples)))] for b in range(0, len(examples), size)]
+    keys = [(0, i) for i in range(len(examples))]
+    batches = [keys[b : b + size] for b in range(0, len(keys), size)]
     results, errors = [], []
     for batch in run.loader(examples, n_clips, False, batches):
         batch = run.device.move(batch)
@@ -479,19 +476,16 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
 
 
 def run_training(args):
-    state = load_resumable(args) if args.resume else None
-    clipbert.seed_everything(args.seed)
+    state = clipbert.load_stopped(args, args.task) if args.resume else None
+    torch.manual_seed(args.seed)
     with clipbert.first_one_first():
         run, model, vocabulary, examples, test = prepare(args, state)
-    s = run.settings
-    per_step = s["batch_size"] * s["grad_accum"] * clipbert.PROCESSES
-    total_steps = s["max_steps"] or s["epochs"] * -(-len(examples) // per_step)
     training = clipbert.Training(
-        args, run, model, total_steps, state, task=args.task, data=str(run.folder), vocabulary=vocabulary,
+        args, run, model, len(examples), state, task=args.task, data=str(run.folder), vocabulary=vocabulary,
         answers=run.answers, num_outputs=model.num_outputs,
     )  # fmt: skip
     print(f"{run.task.title}: {len(examples):,} training and {len(test):,} test examples from {run.folder}")
-    print(training.summary(per_step, "examples"))
+    print(training.summary("examples"))
     validate = validation(args, run, model) if run.task.validation and args.data else None
     with training:
         train(run, model, training, examples, validate)
@@ -499,21 +493,11 @@ def run_training(args):
     if validate:
         model.load_state_dict(clipbert.load_checkpoint(args.out / "best.pt")["model"])
     else:  # without a validation split: choosing a step by the test set would be cheating, so the last is the best
-        training.save("best.pt", total_steps)
-    by_clips, predictions, errors = evaluate(run, model, test, s["test_clips"])
+        training.save("best.pt", training.total_steps)
+    by_clips, predictions, errors = evaluate(run, model, test, run.settings["test_clips"])
     seconds = time.time() - training.began
     report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), seconds)
     print_next_steps(args)
-
-
-def load_resumable(args):
-    """The newest whole checkpoint of the output folder; the seed is that of the stopped run."""
-    state, path = clipbert.load_newest(args.out)
-    if state.get("task") != args.task:
-        raise ValueError(f"{path}: a checkpoint of {state.get('task')}, which can't go on as {args.task}")
-    args.seed, args.blind = state["seed"], state["blind"]
-    print(f"resuming from {path}, step {state['step']}")
-    return state
 
 
 def prepare(args, state):
