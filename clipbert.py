@@ -192,7 +192,7 @@ def conv_norm(x, conv, norm):
 
 
 def residual_block(x, block):
-    """A block of torchvision's ResNet, its norms folded into the convolutions."""
+    """A block of torchvision's ResNet, y = ReLU(x + branch(x)), its norms folded into the convolutions."""
     shortcut = conv_norm(x, *block.downsample) if block.downsample else x
     x = F.relu(conv_norm(x, block.conv1, block.bn1))
     x = conv_norm(x, block.conv2, block.bn2)
@@ -289,12 +289,14 @@ class VideoTextEncoder(nn.Module):
         text = self.bert.embeddings(input_ids)  # (B*n, Lt, d); text type ids are 0, the visual type has its own table
         # Grid cells over the zero border of a padded frame are not masked: the reference attends to them, too.
         mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]  # the same for all heads, queries
+        # Added to the attention scores: after the softmax, exactly 0 of the attention goes to padding.
         mask = torch.zeros_like(mask, dtype=text.dtype).masked_fill(mask == 0, -torch.inf)  # (B*n, 1, 1, Lt + h*w)
         hidden = self.bert.encoder(torch.cat([text, visual], dim=1), attention_mask=mask).last_hidden_state
         return hidden, self.bert.pooler(hidden)
 
 
 def bert_config(cfg):
+    """The same sizes in the words of transformers."""
     return BertConfig(
         vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, intermediate_size=cfg.intermediate_size, hidden_act="gelu",
@@ -485,6 +487,8 @@ def build_optimizer(model, weight_decay=1e-3):
 def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
     """Linear from 0 to `peak` over the first warmup_ratio of the steps, then linear to 0 at total_steps.
 
+        peak * step / warmup    if step < warmup, else    peak * (total_steps - step) / (total_steps - warmup)
+
     step counts from 1 (the first update). Never exactly 0: the reference keeps 1e-8, so that no step is in vain.
     """
     warmup = int(warmup_ratio * total_steps)
@@ -643,6 +647,7 @@ def whole_file(path, previous=None):
 
 
 def save_checkpoint(path, state, previous=None):
+    """Tensors and plain values, by the first process."""
     if RANK:
         return
     with whole_file(path, previous) as file:

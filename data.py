@@ -164,6 +164,8 @@ def read_text(path):
 
 
 def parse_json(text, path, line=1):
+    """What the text says; line: where in the file it begins."""
+
     def unique(pairs):  # json would quietly keep the last of two values
         if len(found := dict(pairs)) < len(pairs):
             raise ValueError(f"a key stands twice in one object, which begins {next(iter(found))[:40]!r}")
@@ -183,6 +185,7 @@ def read_json(path):
 
 
 def list_rows(path, values, label=""):
+    """The objects of a JSON list as rows, whose places read label[i]."""
     if not isinstance(values, list):
         raise DataError(f"{path}:1: expected a list, found {type(values).__name__}")
     return (Row(path, f"{label}[{i}]", value) for i, value in enumerate(values))
@@ -273,6 +276,7 @@ def read_tgif_qa(folder, kind, split):
 
 
 def tgif_example(row, kind):
+    """A row of any of the four tasks; FrameQA has types of questions, as words or, in the public files, as numbers."""
     example = Example(row.name("vid_id", default=row.place), row.name("gif_name"), row.text("question"))
     if kind in ("action", "transition"):
         return example._replace(options=row.options(), answer=row.whole("answer", below=OPTIONS))
@@ -523,6 +527,7 @@ def caption_pairs(path, split):
 
 
 def coco_pairs(path, data):
+    """COCO: {images: [{id, file_name}], annotations: [{id, image_id, caption}]}."""
     images = by_name(list_rows(path, data.get("images"), "images"), "id")
     for row in list_rows(path, data.get("annotations"), "annotations"):
         if (image := row.name("image_id")) not in images:
@@ -531,6 +536,7 @@ def coco_pairs(path, data):
 
 
 def vg_pairs(rows):
+    """Visual Genome: [{id, regions: [{region_id, image_id, phrase}]}], a caption a region."""
     for image in rows:
         for row in list_rows(image.path, image.get("regions", kind=list), f"{image.place}.regions"):
             name = row.name("image_id", default=None if "image_id" in row.values else image.name("id", "image_id"))
@@ -1391,6 +1397,7 @@ class ToyVideo(NamedTuple):
 
 
 def toy_video(name, rng):
+    """Draw what happens in a video: idle, action, idle, action, ..., last, idle; then turned, since a GIF is a loop."""
     action, last = rng.sample(TOY_ACTIONS, 2)
     times = rng.randint(2, 5)
     acts = [(action, TOY_BUSY * (i + 1) // times - TOY_BUSY * i // times) for i in range(times)] + [(last, TOY_LAST)]
@@ -1937,6 +1944,7 @@ def run_show(args):
 
 
 def main(arguments=None):
+    """The four commands. A mistake ends in one line and exit code 2, as in clipbert.main, which this can't import."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data")

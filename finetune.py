@@ -53,7 +53,7 @@ class Task(NamedTuple):
     weight_decay: float = 1e-3
     clip_grad: float = 5.0  # the gradient's largest norm
     test_clips: tuple = (1, 4, 16)  # N_test: evaluate at each of these
-    tiny: dict = {}  # what the tiny model changes for this task, besides TINY
+    tiny_steps: int = 800  # max_steps of the tiny model
 
 
 # Eight clips of two frames, as in the paper's MSRVTT rows.
@@ -62,7 +62,7 @@ RETRIEVAL = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "grad_accu
 # TGIF-QA: L, batch and learning rate are the paper's; the reference code's own config has 768, 16 and 5e-5.
 TASKS = {
     "tgif_qa_action": Task("TGIF-QA action", "choice"),
-    "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny={"max_steps": 1200}),
+    "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny_steps=1200),
     "tgif_qa_frameqa": Task("TGIF-QA FrameQA", "answer", answers=1540),
     "tgif_qa_count": Task("TGIF-QA count", "count"),
     "msrvtt_retrieval": Task("MSRVTT retrieval", "match", 2, **RETRIEVAL),
@@ -82,8 +82,7 @@ TASKS = {name: task._replace(**{field: getattr(data.LAYOUTS[name], field)
 
 # What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy frames do not show the
 # answer, and at 1e-3 that noise teaches the scores to ignore the options before attention has learned to match them.
-TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4,
-        "max_steps": 800}  # fmt: skip
+TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: a task's row, then the tiny model's changes, then the command line
@@ -127,10 +126,11 @@ def parse_arguments(arguments=None):
 
 def settings_for(args, cfg, stored=None):
     """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
-    row = TASKS[args.task]._asdict()
-    settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]}
-    settings |= {"max_steps": None, "rerank": None}
-    settings |= TINY | row["tiny"] if cfg.backbone == "tiny" else {}
+    task = TASKS[args.task]
+    names = Task._fields[Task._fields.index("size") : Task._fields.index("test_clips") + 1]
+    settings = {name: getattr(task, name) for name in names} | {"max_steps": None, "rerank": None}
+    if cfg.backbone == "tiny":
+        settings |= TINY | {"max_steps": task.tiny_steps}
     return clipbert.override(settings | (stored or {}), args, cfg)
 
 
@@ -268,7 +268,7 @@ def score_videos(run, model, examples, n_clips):
         p = clipbert.aggregate_clips(logits.float(), run.settings["agg"])
         if run.task.kind in ("match", "rank"):  # multiple choice by a retrieval model
             p = clipbert.match_score(p)
-        p = p.view(len(batch["examples"]), -1).cpu()
+        p = p.view(len(batch["examples"]), -1).cpu()  # (B, K), or (B, n): a score for each of n options
         results += [(scores, not lines) for scores, lines in zip(p, batch["unreadable"], strict=True)]
         errors += [line for lines in batch["unreadable"] for line in lines]
     return results, errors
@@ -296,16 +296,14 @@ def evaluate(run, model, examples, clip_counts):
     name, factor = ("mse", 1) if run.task.kind == "count" else ("accuracy", 100)
     for n in clip_counts:
         results, errors = score_videos(run, model, examples, n)
-        judged = [judge(run.task, e, *result, run.answers) for e, result in zip(examples, results, strict=True)]
-        by_clips[str(n)] = {name: mean(value * factor for _, value in judged)}
-        for kind in sorted({example.kind for example in examples} - {""}):
-            values = [value * factor for e, (_, value) in zip(examples, judged, strict=True) if e.kind == kind]
-            by_clips[str(n)][f"{name}_{kind}"] = mean(values)
-        predictions = [
-            {"id": e.id, "video": e.video, "text": e.text, "options": list(e.options), "answer": e.answer,
-             "prediction": prediction, name: value, "clips": n}
-            for e, (prediction, value) in zip(examples, judged, strict=True)
-        ]  # fmt: skip
+        predictions, values = [], {"": []}  # values: of all examples, and of each kind of question
+        for e, (scores, readable) in zip(examples, results, strict=True):
+            prediction, value = judge(run.task, e, scores, readable, run.answers)
+            predictions.append({"id": e.id, "video": e.video, "text": e.text, "options": list(e.options),
+                                "answer": e.answer, "prediction": prediction, name: value, "clips": n})  # fmt: skip
+            for kind in {"", e.kind}:
+                values.setdefault(kind, []).append(value * factor)
+        by_clips[str(n)] = {f"{name}_{kind}" if kind else name: mean(values[kind]) for kind in sorted(values)}
     return by_clips, predictions, errors
 
 
@@ -420,6 +418,7 @@ def mean_rank(own, scores):
 
 
 def recalls(ranks):
+    """R@k, the percentage of ranks up to k; and the median and the mean rank, the lower the better."""
     found = {f"r{k}": mean((100.0 * (ranks <= k)).tolist()) for k in (1, 5, 10)}
     return found | {"median_rank": float(np.median(ranks)), "mean_rank": mean(ranks.tolist())}
 
@@ -476,6 +475,7 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
 
 
 def run_training(args):
+    """Train, then evaluate best.pt on the test split."""
     state = clipbert.load_stopped(args, args.task) if args.resume else None
     torch.manual_seed(args.seed)
     with clipbert.first_one_first():
@@ -565,6 +565,7 @@ def load_for_use(args):
 
 
 def run_evaluation(args):
+    """--eval: evaluate a checkpoint at each N_test."""
     run, model = load_for_use(args)
     _, test = load_examples(args, args.split)
     if args.cache:

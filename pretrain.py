@@ -30,6 +30,9 @@ import torch
 import clipbert
 import data
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: the paper's, then the tiny model's changes, then the command line
+
 # The reference's hyper-parameters: 32 images x 2 captions a batch and GPU, two batches to an update, eight GPUs.
 PAPER = {
     "size": 768,  # L, pixels
@@ -53,9 +56,6 @@ PAPER = {
 # weighs: its large, easy gains (which word follows which, without looking) teach attention to leave the picture alone.
 # Hence the reference's average over all positions, that is, a small weight, and a low learning rate.
 TINY = {"size": 64, "captions": 6, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200, "mlm_over": "all"}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: the paper's, then the tiny model's changes, then the command line
 
 
 def parse_arguments(arguments=None):
@@ -81,6 +81,7 @@ def parse_arguments(arguments=None):
 
 
 def settings_for(args, cfg, stored=None):
+    """The hyper-parameters in force: the paper's, tiny's changes, a checkpoint's settings, the command line's."""
     return clipbert.override(PAPER | (TINY if cfg.backbone == "tiny" else {}) | (stored or {}), args, cfg)
 
 
@@ -165,6 +166,8 @@ class Run(NamedTuple):
 
 def train(run, model, training, ratio):
     """The training loop, as in finetune.py: a step is grad_accum batches, one update.
+
+        loss = L_MLM + L_ITM        (paper, section 3: pretraining)
 
     Which images, captions and masks it sees depends on the seed and the step alone; the grid tokens that are kept, and
     dropout, on torch's random state, which checkpoints hold: a resumed run repeats the uninterrupted one.
@@ -262,6 +265,7 @@ def report(run, args, metrics, errors, seconds):
 
 
 def run_training(args):
+    """Pretrain, then evaluate the last weights on the validation images."""
     state = clipbert.load_stopped(args, "pretrain") if args.resume else None
     torch.manual_seed(args.seed)
     with clipbert.first_one_first():
@@ -298,6 +302,7 @@ def prepare(args, state):
 
 
 def run_evaluation(args):
+    """--eval: evaluate a checkpoint."""
     run, model, _ = prepare(args, clipbert.load_checkpoint(args.eval))
     began = time.time()
     report(run, args, *evaluate(run, run.device.place(model)), time.time() - began)
