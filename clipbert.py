@@ -947,10 +947,11 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():  # else another --precision
             self.scaler.load_state_dict(state["scaler"])
-        for random_states in state["random"][RANK : RANK + 1]:  # none, if the stopped run had fewer processes
-            torch.set_rng_state(random_states["torch"])
-            if torch.cuda.is_available() and random_states["cuda"] is not None:
-                torch.cuda.set_rng_state(random_states["cuda"])
+        if RANK < len(state["random"]):  # the stopped run may have had fewer processes
+            own = state["random"][RANK]
+            torch.set_rng_state(own["torch"])
+            if torch.cuda.is_available() and own["cuda"] is not None:
+                torch.cuda.set_rng_state(own["cuda"])
 
     def summary(self, unit):
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -1067,9 +1068,10 @@ class Training:
 
 def list_unreadable(errors, what):
     """On stderr: how many files, and the twenty that failed most often."""
-    errors = Counter(() if RANK else errors)
-    if errors:
-        print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
+    errors = Counter(errors)
+    if RANK or not errors:
+        return
+    print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
     for line, times in errors.most_common(20):
         print(f"  {times}x {line}", file=sys.stderr)
 
@@ -1095,7 +1097,9 @@ def main(job, args):
     try:
         join_processes()
         job(args)
-        return dist.destroy_process_group() if PROCESSES > 1 else None
+        if PROCESSES > 1:
+            dist.destroy_process_group()
+        return
     except BaseException as error:
         if args.debug:
             raise

@@ -226,12 +226,14 @@ def read_rows(path, *columns):
 
 def find_file(folder, *patterns, required=True):
     """The file that fits the first pattern that fits any; without its stars a pattern is the public name."""
-    for pattern in (form for given in patterns for form in (given.replace("*", ""), given)):
-        found = sorted(path for path in Path(folder).glob(pattern) if path.is_file() and path.name[0] != ".")
-        if len(found) > 1:
-            raise DataError(f"{folder}: {' and '.join(p.name for p in found[:4])} all fit {pattern}; keep one there")
-        if found:
-            return found[0]
+    for given in patterns:
+        for pattern in (given.replace("*", ""), given):
+            found = sorted(path for path in Path(folder).glob(pattern) if path.is_file() and path.name[0] != ".")
+            if len(found) > 1:
+                names = " and ".join(path.name for path in found[:4])
+                raise DataError(f"{folder}: {names} all fit {pattern}; keep one there")
+            if found:
+                return found[0]
     if required:
         raise NoAnnotations(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
 
@@ -493,7 +495,8 @@ def caption_files(folder, split, required=True):
     """All public caption files of the split; where there are none, any table or jsonl that names no other split."""
     patterns = [f"*captions_{split}*.json", f"*caption_{split}*.json", "MSRVTT_data*.json",
                 f"*{split}*videodatainfo*.json"]
-    patterns += ["captions.json", "*region_descriptions*.json"] * (split == "train")
+    if split == "train":
+        patterns += ["captions.json", "*region_descriptions*.json"]
     files = [path for path in sorted(Path(folder).glob("*")) if path.name[0] != "."]
     tables = [path for path in files if path.suffix in (".jsonl", ".csv", ".tsv")]
     tables = [path for path in tables if split in (re.findall("train|val|test", path.stem.lower()) or ["train"])]
@@ -1219,7 +1222,23 @@ class MatchDataset(ClipDataset):
         wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, self.generator(key, 1))
         if wrong is None:
             raise DataError(f"{self.folder}: every caption is said of every video; there is nothing to tell apart")
-        return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}
+        return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}  # its own first: see rank_loss
+
+
+def outlive_signals(worker):
+    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its step: its workers ignore
+    the one and outlive the other by ten seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+def data_loader(dataset, batches, collate, workers, pin_memory=False):
+    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
+        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
+    )  # fmt: skip
 
 
 # -------------------------------------------------- pretraining: captions, some of them wrong, with words masked
@@ -1341,22 +1360,6 @@ class CaptionCollator(Collator):
             "itm_labels": torch.tensor([match for item in items for match in item["matches"]]),
             "unreadable": [item["unreadable"] for item in items],
         }
-
-
-def outlive_signals(worker):
-    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its step: its workers ignore
-    the one and outlive the other by ten seconds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
-def data_loader(dataset, batches, collate, workers, pin_memory=False):
-    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
-        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
-    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -431,7 +431,8 @@ def evaluate_retrieval(run, model, examples, clip_counts):
     columns = [places[example.video] for example in examples]
     for n in clip_counts:
         grids, errors = encode_videos(run, model, videos, n)
-        for rerank in (n > 1 and run.settings.get("rerank")) or [None]:
+        reranks = run.settings.get("rerank") if n > 1 else None  # one clip: the first score is the full one
+        for rerank in reranks or [None]:
             scores = score_pairs(run, model, [example.text for example in examples], grids, rerank)
             by_clips[f"{n} best {rerank}" if rerank else str(n)] = retrieval_metrics(scores, columns)
         ranks = mean_rank(scores.gather(1, torch.tensor(columns)[:, None]), scores).tolist()

@@ -219,8 +219,8 @@ def evaluate(run, model):
         batch = run.device.move(batch)
         with run.device.autocast():
             mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"])
-        masked = batch["mlm_labels"] != -100
-        match = batch["itm_labels"] == 1
+        masked = batch["mlm_labels"] != -100  # (B*n, Lt)
+        match = batch["itm_labels"] == 1  # (B*n,)
         right = mlm.argmax(-1) == batch["mlm_labels"]  # (B*n, Lt)
         sums["words"] += masked.sum().item()
         sums["words_right"] += right.sum().item()
