@@ -712,7 +712,6 @@ def config_from(state):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the two scripts share: flags, several GPUs, the device, the log, one training run, errors in one line
 
-
 # -------------------------------------------------- flags
 def add_flags(parser):
     """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings.
@@ -901,6 +900,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def stop_now(number, _):
+    """A signal's handler where there is no step to finish."""
     raise Interrupted(number, "stopped: --resume goes on from the last checkpoint, if there is one")
 
 

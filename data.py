@@ -1342,15 +1342,13 @@ class CaptionCollator(Collator):
         super().__init__(tokenizer, text_length)
         self.mask_rate = mask_rate
 
-    def mask(self, ids, generator):
-        return mask_tokens(torch.tensor(ids), self.tokenizer, generator, self.mask_rate)
-
     def __call__(self, items):
         rows = []
         for item in items:
             tokens = self.tokenizer(item["captions"], truncation=True, max_length=self.text_length)
-            rows += [self.mask(ids, item["generator"]) for ids in tokens["input_ids"]]
-        ids, labels = zip(*rows, strict=True)
+            for ids in tokens["input_ids"]:
+                rows.append(mask_tokens(torch.tensor(ids), self.tokenizer, item["generator"], self.mask_rate))
+        ids, labels = zip(*rows, strict=True)  # (length of its text,) each
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return {
             "frames": torch.stack([item["frames"] for item in items]),
