@@ -14,13 +14,15 @@ Read this file beside section 3 of the paper, top to bottom:
     loss = NLL(p, q)                                                 scalar             video_loss
 
 B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K scores.
+
+Behind the losses the paper's part ends; what follows serves both scripts: the optimizer and its learning rate, weights
+and checkpoints, and all that surrounds a training loop (flags, GPUs, the log, how a run stops and goes on, errors).
 """
 
 import errno
 import json
 import math
 import os
-import random
 import signal
 import sys
 import time
@@ -34,7 +36,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -191,7 +192,7 @@ def conv_norm(x, conv, norm):
 
 
 def residual_block(x, block):
-    """A block of torchvision's ResNet, its norms folded into the convolutions."""
+    """A block of torchvision's ResNet, y = ReLU(x + branch(x)), its norms folded into the convolutions."""
     shortcut = conv_norm(x, *block.downsample) if block.downsample else x
     x = F.relu(conv_norm(x, block.conv1, block.bn1))
     x = conv_norm(x, block.conv2, block.bn2)
@@ -288,12 +289,14 @@ class VideoTextEncoder(nn.Module):
         text = self.bert.embeddings(input_ids)  # (B*n, Lt, d); text type ids are 0, the visual type has its own table
         # Grid cells over the zero border of a padded frame are not masked: the reference attends to them, too.
         mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]  # the same for all heads, queries
+        # Added to the attention scores: after the softmax, exactly 0 of the attention goes to padding.
         mask = torch.zeros_like(mask, dtype=text.dtype).masked_fill(mask == 0, -torch.inf)  # (B*n, 1, 1, Lt + h*w)
         hidden = self.bert.encoder(torch.cat([text, visual], dim=1), attention_mask=mask).last_hidden_state
         return hidden, self.bert.pooler(hidden)
 
 
 def bert_config(cfg):
+    """The same sizes in the words of transformers."""
     return BertConfig(
         vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, intermediate_size=cfg.intermediate_size, hidden_act="gelu",
@@ -401,15 +404,13 @@ def video_loss(p, target, kind):
     """
     if kind == "choice":
         return F.cross_entropy(p.view(len(target), -1), target)
-    if kind == "answer":
+    if kind in ("answer", "match"):
         return F.cross_entropy(p, target)
     if kind == "count":
         return F.mse_loss(p.squeeze(1), target.float())
     if kind == "soft":
         target = F.pad(target, (0, p.shape[1] - target.shape[1]))  # outputs beyond the list of answers are never right
         return F.binary_cross_entropy_with_logits(p, target) * p.shape[1]
-    if kind == "match":
-        return F.cross_entropy(p, target)
     if kind == "rank":
         return rank_loss(p.squeeze(1), target)
     raise ValueError(f"unknown kind of answer {kind!r}")
@@ -467,11 +468,11 @@ def itm_loss(scores, labels):
 
 def optimizer_groups(model, weight_decay):
     """Two groups of trainable parameters: decayed, and biases + LayerNorm, which are not."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    skip = [p for name, p in trainable if name.endswith("bias") or "LayerNorm" in name]
-    ids = {id(p) for p in skip}
-    decay = [p for _, p in trainable if id(p) not in ids]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": skip, "weight_decay": 0.0}]
+    decayed, others = [], []
+    for name, p in model.named_parameters():  # a tied weight once
+        if p.requires_grad:
+            (others if name.endswith("bias") or "LayerNorm" in name else decayed).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def build_optimizer(model, weight_decay=1e-3):
@@ -485,6 +486,8 @@ def build_optimizer(model, weight_decay=1e-3):
 
 def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
     """Linear from 0 to `peak` over the first warmup_ratio of the steps, then linear to 0 at total_steps.
+
+        peak * step / warmup    if step < warmup, else    peak * (total_steps - step) / (total_steps - warmup)
 
     step counts from 1 (the first update). Never exactly 0: the reference keeps 1e-8, so that no step is in vain.
     """
@@ -644,10 +647,18 @@ def whole_file(path, previous=None):
 
 
 def save_checkpoint(path, state, previous=None):
+    """Tensors and plain values, by the first process."""
     if RANK:
         return
     with whole_file(path, previous) as file:
         torch.save(state, file)
+
+
+def write_text(path, text):
+    if RANK:
+        return
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def load_checkpoint(path):
@@ -668,10 +679,10 @@ def load_checkpoint(path):
     return state
 
 
-def load_newest(folder):
-    """What a run in this folder can go on from: the newest checkpoint that is whole, and its path."""
+def load_stopped(args, task):
+    """--resume: the newest whole checkpoint in args.out. Its seed and --blind are also the resumed run's."""
     problems = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
+    for path in (args.out / "last.pt", args.out / "previous.pt"):
         try:
             state = load_checkpoint(path)
         except ValueError as error:
@@ -681,7 +692,11 @@ def load_newest(folder):
             raise ValueError(f"{path}: holds no optimizer, so it can't go on; start from it with --init")
         for problem in problems:
             print(f"note: {problem}; taking the one before it")
-        return state, path
+        if state.get("task") != task:
+            raise ValueError(f"{path}: a checkpoint of {state.get('task')}, which can't go on as {task}")
+        args.seed, args.blind = state["seed"], state["blind"]
+        print(f"resuming from {path}, step {state['step']}")
+        return state
     raise ValueError(f"{problems[0]}: nothing to go on from; start anew without --resume")
 
 
@@ -694,15 +709,10 @@ def config_from(state):
         raise ValueError("the checkpoint's config is not one of ClipBERT's; give one that our training wrote") from None
 
 
-def config_dict(cfg):
-    """Plain values for a checkpoint or config.json."""
-    return asdict(cfg)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# What the two scripts share: flags, the device, several processes, the log, one training run, errors in one line
+# What the two scripts share: flags, several GPUs, the device, the log, one training run, errors in one line
 
-
+# -------------------------------------------------- flags
 def add_flags(parser):
     """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings.
 
@@ -758,13 +768,8 @@ def override(settings, args, cfg):
     return settings
 
 
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-# Several GPUs: `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
+# -------------------------------------------------- several GPUs
+# `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
 # and takes every K-th batch; backward averages the gradients over them (DistributedDataParallel), so that K processes
 # do what one does with K times the --grad_accum. All of them evaluate; the first one prints and writes.
 RANK = int(os.environ.get("RANK", "0"))
@@ -772,6 +777,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes():
+    """Meet the other processes, if there are any; all but the first one fall silent."""
     if PROCESSES > 1:
         gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
         if gpu and place >= torch.cuda.device_count():
@@ -793,10 +799,6 @@ def first_one_first():
         gather(None)
 
 
-def parallel(module):
-    return nn.parallel.DistributedDataParallel(module) if PROCESSES > 1 else module
-
-
 def gather(value):
     """Every process's value, in order."""
     values = [value] * PROCESSES
@@ -805,6 +807,7 @@ def gather(value):
     return values
 
 
+# -------------------------------------------------- the device
 class Device(NamedTuple):
     """Where and how precisely to compute."""
 
@@ -840,6 +843,7 @@ class Device(NamedTuple):
 
 
 def choose_device(args):
+    """A GPU if there is one, with the fastest precision that it is good at; --precision and --workers overrule."""
     gpu = torch.cuda.is_available()
     best = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     precision = args.precision or best
@@ -851,6 +855,7 @@ def choose_device(args):
     return Device("cuda" if gpu else "cpu", dtype, workers, args.chunk, args.compile)
 
 
+# -------------------------------------------------- the log
 class Log:
     """log.jsonl: a line a step or evaluation."""
 
@@ -877,6 +882,7 @@ class Log:
 
 
 def logged_step(line):
+    """The step that a line of the log is about."""
     try:
         return json.loads(line)["step"]
     except ValueError:  # half a line, as a power cut may leave it
@@ -888,33 +894,43 @@ def mean_row(rows):
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"step": int(rows[0]["step"])}
 
 
+# -------------------------------------------------- a training run
 class Interrupted(KeyboardInterrupt):
     """(signal number, a message that says how to go on)"""
 
 
 def stop_now(number, _):
+    """A signal's handler where there is no step to finish."""
     raise Interrupted(number, "stopped: --resume goes on from the last checkpoint, if there is one")
 
 
 class Training:
     """What surrounds both scripts' loops: AdamW, the log, checkpoints, and how a run stops and goes on.
 
-    with Training(...) as training: inside, Ctrl-C and SIGTERM wait for the end of the step.
+    with Training(...) as training:                     inside, Ctrl-C and SIGTERM wait for the end of the step
+        for step in training.steps():
+            for batch in training.batches(loader):      grad_accum of them
+                ... training.forward(...) ...
+                training.scaler.scale(loss).backward()
+            training.update(step, loss=...)             one update; logged
+            training.end_step(step)                     last.pt, if it is time
     """
 
-    def __init__(self, args, run, model, total_steps, stopped, **contents):
-        """stopped: the checkpoint to go on from, or None. contents: what checkpoints hold of the script's own."""
-        self.model, self.run, self.total_steps = model, run, total_steps
-        self.out, self.save_every = args.out, args.save_every
-        self.contents = contents | {"seed": run.seed, "blind": run.blind, "settings": run.settings,
-                                    "config": config_dict(model.cfg)}  # fmt: skip
+    def __init__(self, args, run, model, n_examples, stopped, **contents):
+        """n_examples: in an epoch. stopped: the checkpoint to go on from, or None. contents: of the script's own, for
+        its checkpoints."""
+        self.model, self.run, self.out, self.save_every, s = model, run, args.out, args.save_every, run.settings
+        self.per_step = s["batch_size"] * s["grad_accum"] * PROCESSES  # examples to an update
+        self.total_steps = s["max_steps"] or s["epochs"] * -(-n_examples // self.per_step)
+        self.contents = contents | {"seed": run.seed, "blind": run.blind, "settings": s,
+                                    "config": asdict(model.cfg)}  # fmt: skip
         config = {name: value for name, value in self.contents.items() if name not in ("vocabulary", "answers")} | {
             "init": str(args.init or ""), "device": run.device.name, "precision": str(run.device.dtype).split(".")[1],
-            "total_steps": total_steps,
+            "total_steps": self.total_steps,
         }  # fmt: skip
         write_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
         run.device.place(model)
-        self.optimizer = build_optimizer(model, run.settings["weight_decay"])
+        self.optimizer = build_optimizer(model, s["weight_decay"])
         self.scaler = run.device.scaler()
         self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
         if RANK:
@@ -922,6 +938,7 @@ class Training:
         self.saved = bool(stopped)  # whether the folder's checkpoints are this run's
         if stopped:
             self.restore(stopped)
+        self.forward = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
         self.log, self.waiting, self.unreadable = Log(self.out / "log.jsonl", self.start), [], Counter()
         self.signal, self.began = 0, time.time()
 
@@ -930,15 +947,16 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():  # else another --precision
             self.scaler.load_state_dict(state["scaler"])
-        for random_states in state["random"][RANK : RANK + 1]:  # none, if the stopped run had fewer processes
-            torch.set_rng_state(random_states["torch"])
-            if torch.cuda.is_available() and random_states["cuda"] is not None:
-                torch.cuda.set_rng_state(random_states["cuda"])
+        if RANK < len(state["random"]):  # the stopped run may have had fewer processes
+            own = state["random"][RANK]
+            torch.set_rng_state(own["torch"])
+            if torch.cuda.is_available() and own["cuda"] is not None:
+                torch.cuda.set_rng_state(own["cuda"])
 
-    def summary(self, per_step, unit):
+    def summary(self, unit):
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         settings = ", ".join(f"{name} {value}" for name, value in self.run.settings.items() if value is not None)
-        return (f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {per_step} {unit} on "
+        return (f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {self.per_step} {unit} on "
                 f"{self.run.device.name}: {settings}")  # fmt: skip
 
     def list_unreadable(self):
@@ -951,6 +969,15 @@ class Training:
             disable=True if RANK else None,
         )  # fmt: skip
         return self.progress
+
+    def batches(self, loader):
+        """The next grad_accum batches, on the device."""
+        n = self.run.settings["grad_accum"]
+        for i in range(n):
+            self.forward.require_backward_grad_sync = i == n - 1  # else as in DDP's no_sync()
+            batch = self.run.device.move(next(loader))
+            self.unreadable.update(line for lines in batch["unreadable"] for line in lines)
+            yield batch
 
     def update(self, step, **losses):
         """An update by the gradients so far, with the step's learning rate; and a line of the log, some time later."""
@@ -977,8 +1004,7 @@ class Training:
             if not math.isfinite(row["loss"] + row["grad_norm"]) and not overflow:
                 self.stop_at_nonfinite(row)
         if rows:
-            s, done = self.run.settings, rows[-1]["step"] - self.start
-            rate = done * s["batch_size"] * s["grad_accum"] * PROCESSES / (time.time() - self.began)
+            rate = (rows[-1]["step"] - self.start) * self.per_step / (time.time() - self.began)
             loss = sum(row["loss"] for row in rows) / len(rows)
             self.progress.set_postfix(loss=f"{loss:.3f}", lr=f"{rows[-1]['lr']:.1e}", examples_per_s=f"{rate:.0f}")
 
@@ -1041,20 +1067,16 @@ class Training:
 
 
 def list_unreadable(errors, what):
-    errors = Counter(() if RANK else errors)
-    if errors:
-        print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
+    """On stderr: how many files, and the twenty that failed most often."""
+    errors = Counter(errors)
+    if RANK or not errors:
+        return
+    print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
     for line, times in errors.most_common(20):
         print(f"  {times}x {line}", file=sys.stderr)
 
 
-def write_text(path, text):
-    if RANK:
-        return
-    with whole_file(path) as file:
-        file.write(text.encode())
-
-
+# -------------------------------------------------- errors in one line
 def less_memory(settings, chunk):
     """What to run with instead, cheapest first: settings in force -> a sentence of flags."""
     batch, accum, size = (settings[name] for name in ("batch_size", "grad_accum", "size"))
@@ -1075,7 +1097,9 @@ def main(job, args):
     try:
         join_processes()
         job(args)
-        return dist.destroy_process_group() if PROCESSES > 1 else None
+        if PROCESSES > 1:
+            dist.destroy_process_group()
+        return
     except BaseException as error:
         if args.debug:
             raise
@@ -1094,17 +1118,13 @@ def explain(error, args):
         return message, 128 + number
     if isinstance(error, torch.OutOfMemoryError):
         return f"error: out of GPU memory. {less_memory(args.settings, args.chunk)}", 2
-    if worker_died(error):
+    # a data loader's worker that died: torch says so, or the pipe to it breaks first
+    if "DataLoader worker (pid" in str(error) or isinstance(error, ConnectionError | EOFError):
         return ("error: a data loader's worker was killed, perhaps for memory: try fewer --workers; --resume goes on "
                 "from the last checkpoint"), 2  # fmt: skip
     if isinstance(error, ValueError | OSError):
         return f"error: {one_line(error)}", 2
     return "", 1
-
-
-def worker_died(error):
-    """torch says so, or the pipe to the worker breaks first."""
-    return "DataLoader worker (pid" in str(error) or isinstance(error, ConnectionError | EOFError)
 
 
 def one_line(error):

@@ -1,12 +1,15 @@
 """Videos and images to clips, text to tokens, public annotation files to examples, and the toy data.
 
-Four parts, in the order in which data flows:
+In the order in which data flows:
 
-    annotation files  ->  Example(video, text, options, answer)          `read_tgif_qa` and its like
+    annotation files  ->  Example(video, text, options, answer)          `read_tgif_qa` and its like; `LAYOUTS`
     videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips` (paper, section 3)
     text              ->  WordPiece ids, (n, Lt)                         `build_tokenizer`
     examples          ->  batches                                        `ClipDataset`, `Collator`
-    and, where nothing has been downloaded: the toy data                 `toy_data`
+    captioned images  ->  batches with wrong captions, masked words      `CaptionDataset`, `CaptionCollator`
+
+Beside it: the toy data (`toy_data`), a picture of what the model sees (`contact_sheet`), and the search for what is
+wrong with a data set (`check`).
 
     python data.py toy DIR                      write the toy data to DIR
     python data.py check --task T --data DIR    what is missing, broken, doubled, cut: before hours are spent on it
@@ -35,7 +38,6 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -87,7 +89,6 @@ class Example(NamedTuple):
     answer: object = None  # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
     kind: str = ""  # FrameQA/VQA question type, for per-type accuracies
     people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
-
 
 
 # -------------------------------------------------- files to rows
@@ -163,6 +164,8 @@ def read_text(path):
 
 
 def parse_json(text, path, line=1):
+    """What the text says; line: where in the file it begins."""
+
     def unique(pairs):  # json would quietly keep the last of two values
         if len(found := dict(pairs)) < len(pairs):
             raise ValueError(f"a key stands twice in one object, which begins {next(iter(found))[:40]!r}")
@@ -182,6 +185,7 @@ def read_json(path):
 
 
 def list_rows(path, values, label=""):
+    """The objects of a JSON list as rows, whose places read label[i]."""
     if not isinstance(values, list):
         raise DataError(f"{path}:1: expected a list, found {type(values).__name__}")
     return (Row(path, f"{label}[{i}]", value) for i, value in enumerate(values))
@@ -222,12 +226,14 @@ def read_rows(path, *columns):
 
 def find_file(folder, *patterns, required=True):
     """The file that fits the first pattern that fits any; without its stars a pattern is the public name."""
-    for pattern in (form for given in patterns for form in (given.replace("*", ""), given)):
-        found = sorted(path for path in Path(folder).glob(pattern) if path.is_file() and path.name[0] != ".")
-        if len(found) > 1:
-            raise DataError(f"{folder}: {' and '.join(p.name for p in found[:4])} all fit {pattern}; keep one there")
-        if found:
-            return found[0]
+    for given in patterns:
+        for pattern in (given.replace("*", ""), given):
+            found = sorted(path for path in Path(folder).glob(pattern) if path.is_file() and path.name[0] != ".")
+            if len(found) > 1:
+                names = " and ".join(path.name for path in found[:4])
+                raise DataError(f"{folder}: {names} all fit {pattern}; keep one there")
+            if found:
+                return found[0]
     if required:
         raise NoAnnotations(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
 
@@ -263,7 +269,6 @@ def by_name(rows, key):
     return found
 
 
-
 # -------------------------------------------------- question answering
 def read_tgif_qa(folder, kind, split):
     """kind: action | transition | frameqa | count; split: train | test."""
@@ -273,6 +278,7 @@ def read_tgif_qa(folder, kind, split):
 
 
 def tgif_example(row, kind):
+    """A row of any of the four tasks; FrameQA has types of questions, as words or, in the public files, as numbers."""
     example = Example(row.name("vid_id", default=row.place), row.name("gif_name"), row.text("question"))
     if kind in ("action", "transition"):
         return example._replace(options=row.options(), answer=row.whole("answer", below=OPTIONS))
@@ -404,7 +410,6 @@ def read_answer_list(folder):
     return sorted(labels, key=labels.get) or None
 
 
-
 # -------------------------------------------------- retrieval and captions
 def read_pairs(path, one_per_video=True):
     """The reference's retrieval jsonl: {caption, clip_name}."""
@@ -490,7 +495,8 @@ def caption_files(folder, split, required=True):
     """All public caption files of the split; where there are none, any table or jsonl that names no other split."""
     patterns = [f"*captions_{split}*.json", f"*caption_{split}*.json", "MSRVTT_data*.json",
                 f"*{split}*videodatainfo*.json"]
-    patterns += ["captions.json", "*region_descriptions*.json"] * (split == "train")
+    if split == "train":
+        patterns += ["captions.json", "*region_descriptions*.json"]
     files = [path for path in sorted(Path(folder).glob("*")) if path.name[0] != "."]
     tables = [path for path in files if path.suffix in (".jsonl", ".csv", ".tsv")]
     tables = [path for path in tables if split in (re.findall("train|val|test", path.stem.lower()) or ["train"])]
@@ -524,6 +530,7 @@ def caption_pairs(path, split):
 
 
 def coco_pairs(path, data):
+    """COCO: {images: [{id, file_name}], annotations: [{id, image_id, caption}]}."""
     images = by_name(list_rows(path, data.get("images"), "images"), "id")
     for row in list_rows(path, data.get("annotations"), "annotations"):
         if (image := row.name("image_id")) not in images:
@@ -532,6 +539,7 @@ def coco_pairs(path, data):
 
 
 def vg_pairs(rows):
+    """Visual Genome: [{id, regions: [{region_id, image_id, phrase}]}], a caption a region."""
     for image in rows:
         for row in list_rows(image.path, image.get("regions", kind=list), f"{image.place}.regions"):
             name = row.name("image_id", default=None if "image_id" in row.values else image.name("id", "image_id"))
@@ -547,7 +555,6 @@ def own_pairs(rows):
         captions = row.get("caption", default="", kind=(str, list))
         for i, caption in enumerate([captions] if isinstance(captions, str) else captions):
             yield row, Example(f"{row.place}/{i}", video, row.clean(caption, "caption", blank=True))
-
 
 
 # -------------------------------------------------- names to files
@@ -595,6 +602,37 @@ def find_media(folder, name, suffixes=VIDEOS + IMAGES):
     return path and Path(path)
 
 
+# -------------------------------------------------- tasks to readers
+class Layout(NamedTuple):
+    """How a task's data is read; the rest of a task stands in finetune.TASKS, and pretraining's in pretrain.py."""
+
+    read: object  # (folder, split) -> examples
+    toy: str  # which part of the toy data has its layout
+    text_length: int  # Lt at most, [CLS] and [SEP] included
+    top_answers: int | None = None  # open-ended: only so many answers, the most frequent ones of training (None: all)
+    stills: bool = False  # are images, without motion, what belongs there?
+
+
+def read_msrvtt_mc_task(folder, split):
+    """Only the test file is this task's own: a retrieval model scores the five captions."""
+    return (read_msrvtt_mc if split == "test" else read_msrvtt_retrieval)(folder, split)
+
+
+LAYOUTS = {
+    **{f"tgif_qa_{kind}": Layout(functools.partial(read_tgif_qa, kind=kind), "tgif_qa", 25)
+       for kind in ("action", "transition", "frameqa", "count")},
+    "msrvtt_retrieval": Layout(read_msrvtt_retrieval, "msrvtt", 20),
+    "didemo_retrieval": Layout(read_didemo, "msrvtt", 100),
+    "activitynet_retrieval": Layout(read_activitynet, "msrvtt", 100),
+    "msrvtt_qa": Layout(read_msrvtt_qa, "msrvtt", 100, top_answers=1500),
+    "msrvtt_mc": Layout(read_msrvtt_mc_task, "msrvtt", 20),
+    "vqa": Layout(read_vqa, "vqa", 20, top_answers=3129, stills=True),
+    "pretrain": Layout(lambda folder, split: read_captions(folder, split, split == "train"), "coco_captions", 30,
+                       stills=True),
+}  # fmt: skip
+ALIASES = {"tgif_qa": "tgif_qa_action"}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Videos to clips (paper, section 3: sparse sampling): Pillow reads images and GIFs, the bundled ffmpeg everything else
 
@@ -620,12 +658,10 @@ class Media(NamedTuple):
     height: int
     start: float = 0.0  # seconds between the start of the file (perhaps its sound) and the first frame
     reader: str = "pillow"  # or "ffmpeg"
-    keys: tuple[int, ...] = ()  # key frames, at which decoding can start; none for a container that seeks inexactly
+    keys: tuple = ()  # key frames, at which decoding can start; none for a container that seeks inexactly
 
 
 # -------------------------------------------------- which frames
-
-
 def sample_clips(
     num_frames: int, fps: float, n_clips: int, n_frames: int, target_fps: float, train: bool,
     generator: torch.Generator | None = None,
@@ -651,15 +687,13 @@ def sample_clips(
 
 
 # -------------------------------------------------- which pixels
-
-
-def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
+def resized_shape(height, width, size):
     """(h, w) with the long side equal to `size`; the short side is truncated, never below one pixel."""
     long = max(height, width)
     return max(int(height * size / long), 1), max(int(width * size / long), 1)
 
 
-def resize_and_pad(frames: Tensor, size: int) -> Tensor:
+def resize_and_pad(frames, size):
     """(..., 3, H, W) -> (..., 3, size, size): long side to `size` (small frames grow too), zeros right and bottom.
 
     Float in, float out: the reference's numbers (bilinear, no antialiasing). uint8 in, uint8 out: the same, rounded.
@@ -674,20 +708,18 @@ def resize_and_pad(frames: Tensor, size: int) -> Tensor:
     return F.pad(pixels, (0, size - w, 0, size - h)).reshape(*lead, C, size, size)
 
 
-def _tolerance(fps: float) -> float:
+def _tolerance(fps):
     """Seconds by which a frame may begin late and still count: containers round times to milliseconds."""
     return min(0.002, 0.25 / fps)
 
 
-def _check_dimensions(path: str, width: int, height: int) -> None:
+def _check_dimensions(path, width, height):
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise DataError(f"{path}: {width}x{height} pixels are too many; scale it down or remove it")
 
 
 # -------------------------------------------------- images and animations: Pillow
-
-
-def _image_frames(image: Image.Image, path: str) -> Iterator[tuple[float, Image.Image]]:
+def _image_frames(image, path):
     """Yield (seconds at which the frame disappears, the image positioned at the frame), from the first frame on."""
     end, count, deadline = 0, 0, time.monotonic() + TIME_LIMIT
     while count == 0 or image.format in ("GIF", "PNG", "WEBP"):  # a second picture inside a JPEG is no animation
@@ -705,7 +737,7 @@ def _image_frames(image: Image.Image, path: str) -> Iterator[tuple[float, Image.
         count += 1
 
 
-def _probe_image(image: Image.Image, path: str) -> Media:
+def _probe_image(image, path):
     width, height = image.size
     _check_dimensions(path, width, height)
     ends = [end for end, _ in _image_frames(image, path)]  # decodes all: delays are only known frame by frame
@@ -715,7 +747,7 @@ def _probe_image(image: Image.Image, path: str) -> Media:
     return Media(1, 1.0, *((height, width) if turned else (width, height)))
 
 
-def _to_rgb(image: Image.Image) -> Tensor:
+def _to_rgb(image):
     """uint8 (3, H, W). Transparent areas become white: what most viewers, and ffmpeg for GIFs, show."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 instead of scaling
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
@@ -725,9 +757,9 @@ def _to_rgb(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def _read_image(path: str, media: Media, wanted: list[int], size: int) -> Tensor:
+def _read_image(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
-    frames: list[Tensor] = []
+    frames = []
     with Image.open(path, formats=IMAGE_FORMATS) as image:
         for end, frame in _image_frames(image, path):
             if media.num_frames == 1:
@@ -740,9 +772,7 @@ def _read_image(path: str, media: Media, wanted: list[int], size: int) -> Tensor
 
 
 # -------------------------------------------------- videos: ffmpeg
-
-
-def _ffmpeg(path: str, arguments: list[str]) -> tuple[bytes, str]:
+def _ffmpeg(path, arguments):
     """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -760,19 +790,19 @@ def _ffmpeg(path: str, arguments: list[str]) -> tuple[bytes, str]:
     return output, log.decode("utf-8", "replace")  # titles in old files are often not UTF-8
 
 
-def _input(path: str, *options: str) -> list[str]:
+def _input(path, *options):
     # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an address.
     threads = "1" if torch.utils.data.get_worker_info() else "2"  # several workers keep the cores busy as it is
     return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels", str(MAX_PIXELS),
             "-threads", threads, *options, "-i", "file:" + path]  # fmt: skip
 
 
-def _find(pattern: str, text: str) -> str | None:
+def _find(pattern, text):
     match = re.search(pattern, text, re.MULTILINE)
     return match and match[1]
 
 
-def _probe_video(path: str) -> Media:
+def _probe_video(path):
     """Parse the header as ffmpeg prints it (no ffprobe is bundled) and list the key frames; about 25 ms.
 
     The key frames come for nothing in MP4, whose header has them; a Matroska file is read, not decoded, to its end.
@@ -808,13 +838,13 @@ def _probe_video(path: str) -> Media:
     return Media(num_frames, fps, width, height, start, "ffmpeg", tuple(round((t - start) * fps) for t in keys))
 
 
-def _key_times(packets: str) -> list[float]:
+def _key_times(packets):
     """Seconds at which key frames begin, from ffmpeg's list of packets: `stream, dts, pts, ...`, F=flags if no key."""
     num, den = map(int, (_find(r"^#tb 0: (\d+/\d+)", packets) or "0/1").split("/"))
     return sorted(int(pts) * num / den for pts in re.findall(r"^0, *-?\d+, *(-?\d+),(?!.*F=)", packets, re.MULTILINE))
 
 
-def _count_packets(path: str, fps: float) -> tuple[float, float]:
+def _count_packets(path, fps):
     """(fps, seconds) of a file whose header lacks one of them, by walking its packets without decoding."""
     arguments = [*_input(path), "-map", "0:V:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
     report = _ffmpeg(path, ["-v", "fatal", "-nostats", *arguments])[0].decode()
@@ -827,7 +857,7 @@ def _count_packets(path: str, fps: float) -> tuple[float, float]:
     return fps, max(seconds, frames / fps)  # packets are timed by decoding order, up to two frames early
 
 
-def _read_video(path: str, media: Media, wanted: list[int], size: int) -> Tensor:
+def _read_video(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
     segments = _plan(media, wanted)
     parts = [_decode(path, media, segments[k : k + SEEKS], size) for k in range(0, len(segments), SEEKS)]
@@ -839,7 +869,7 @@ def _read_video(path: str, media: Media, wanted: list[int], size: int) -> Tensor
     return frames
 
 
-def _plan(media: Media, wanted: list[int]) -> list[tuple[int, list[int]]]:
+def _plan(media, wanted):
     """[(index at which decoding starts, wanted indices)]: seek only where that spares more than it costs.
 
     A seek lands on a key frame. Clips with none between them share one: the second would decode the first's frames
@@ -856,7 +886,7 @@ def _plan(media: Media, wanted: list[int]) -> list[tuple[int, list[int]]]:
     return [segment for segment in segments if segment[1]]
 
 
-def _decode(path: str, media: Media, segments: list[tuple[int, list[int]]], size: int) -> Tensor:
+def _decode(path, media, segments, size):
     """One ffmpeg process reads every segment, each through an input of its own: uint8 (n, 3, size, size).
 
     The filters, in order: shift the clock so that the segment starts at 0; `fps` lays the frames on the regular grid
@@ -887,9 +917,7 @@ def _decode(path: str, media: Media, segments: list[tuple[int, list[int]]], size
 
 
 # -------------------------------------------------- the three functions the data sets use
-
-
-def probe(path: str | Path) -> Media:
+def probe(path):
     """Facts of the file's header; remembered, as long as the file does not change. Raises DataError."""
     path = os.path.abspath(path)
     if not os.path.isfile(path):
@@ -901,7 +929,7 @@ def probe(path: str | Path) -> Media:
 
 
 @cache  # a few hundred bytes per file
-def _probe(path: str, mtime: int, size: int) -> Media:
+def _probe(path, mtime, size):
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:  # decides by the first bytes, not by the name
             return _probe_image(image, path)
@@ -911,7 +939,7 @@ def _probe(path: str, mtime: int, size: int) -> Media:
         return _probe_video(path)
 
 
-def read_frames(path: str | Path, indices: Sequence[int], size: int) -> Tensor:
+def read_frames(path, indices, size):
     """uint8 (len(indices), 3, size, size) RGB: what the file shows at indices / fps seconds, in any order.
 
     Indices outside the video mean its first or last frame. Raises DataError.
@@ -928,10 +956,7 @@ def read_frames(path: str | Path, indices: Sequence[int], size: int) -> Tensor:
     return frames[[wanted.index(i) for i in indices]].contiguous()
 
 
-def read_clips(
-    path: str | Path, n_clips: int, n_frames: int, target_fps: float, size: int, train: bool,
-    generator: torch.Generator | None = None, cache: bool = False,
-) -> Tensor:  # fmt: skip
+def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False):
     """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError.
 
     cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the same.
@@ -944,14 +969,12 @@ def read_clips(
 
 
 # -------------------------------------------------- the cache: a few frames a second of each video, as small JPEGs
-
-
-def cached_file_of(path: str | Path, size: int) -> Path:
+def cached_file_of(path, size):
     """videos/video7.mp4 -> videos/cached/video7.mp4.448: a line of JSON, then the JPEGs that it lists."""
     return Path(path).parent / "cached" / f"{Path(path).name}.{size}"
 
 
-def open_cached(path: str | Path, size: int) -> dict | None:
+def open_cached(path, size):
     """What the first line of a video's cached file says; None if it is not there or the video has changed since.
 
     num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames a second kept. ends: of the JPEGs.
@@ -967,7 +990,7 @@ def open_cached(path: str | Path, size: int) -> dict | None:
         raise DataError(f"{cached_file_of(path, size)}: damaged; remove it and write it again") from None
 
 
-def read_cached(path: str | Path, kept: dict, indices: Sequence[int], size: int) -> Tensor:
+def read_cached(path, kept, indices, size):
     """uint8 (len(indices), 3, size, size): of the frames kept, those nearest to indices on the video's own grid."""
     starts, frames = [0, *kept["ends"]], torch.zeros(len(indices), 3, size, size, dtype=torch.uint8)
     with open(cached_file_of(path, size), "rb") as file:
@@ -983,7 +1006,7 @@ def read_cached(path: str | Path, kept: dict, indices: Sequence[int], size: int)
     return frames
 
 
-def write_cached(path: str | Path, size: int, rate: float) -> tuple[int, str]:
+def write_cached(path, size, rate):
     """Decode a video once and keep `rate` frames a second; -> (bytes written, what is wrong with the video or "").
 
     Written under another name first: a file that is there is whole.
@@ -1013,7 +1036,7 @@ def write_cached(path: str | Path, size: int, rate: float) -> tuple[int, str]:
     return target.stat().st_size, ""
 
 
-def write_cache(folder: Path, size: int, rate: float, workers: int) -> None:
+def write_cache(folder, size, rate, workers):
     """`write_cached` for all videos under `folder`, several at once."""
     videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
     if not videos:
@@ -1027,7 +1050,7 @@ def write_cache(folder: Path, size: int, rate: float, workers: int) -> None:
           f"{len(videos) - len(written) - len(errors):,} were there, {len(errors):,} cannot be read")
 
 
-def check_cached(folder: Path, examples: Sequence[Example], size: int) -> None:
+def check_cached(folder, examples, size):
     """Say how many of the examples' videos are cached; none is an error."""
     paths = [find_media(folder, name, VIDEOS) for name in sorted({example.video for example in examples})]
     paths = [path for path in paths if path]
@@ -1089,16 +1112,14 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False):
         self.examples, self.folder = examples, folder
-        self.sampling = (n_clips, n_frames, fps, size, train)
-        self.seed, self.blind, self.cache = seed, blind, cache
+        self.sampling, self.shape = (n_clips, n_frames, fps, size, train), (n_clips, n_frames, 3, size, size)
+        self.train, self.seed, self.blind, self.cache = train, seed, blind, cache
 
     def __len__(self):
         return len(self.examples)
 
     def __getitem__(self, key):
-        epoch, index = key
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (epoch * len(self) + index))
-        unreadable = []
+        generator, unreadable, index = self.generator(key), [], key[1]
         for attempt in range(20):  # an unreadable video is replaced by the next example in training ...
             example = self.examples[(index + attempt) % len(self)]
             try:
@@ -1106,13 +1127,17 @@ class ClipDataset(torch.utils.data.Dataset):
                 break
             except DataError as error:
                 unreadable.append(str(error))
-                if not self.sampling[-1]:  # ... and answered blindly, that is, counted as wrong, in evaluation
-                    n_clips, n_frames, _, size, _ = self.sampling
-                    frames = torch.zeros(n_clips, n_frames, 3, size, size, dtype=torch.uint8)
+                if not self.train:  # ... and answered blindly, that is, counted as wrong, in evaluation
+                    frames = torch.zeros(self.shape, dtype=torch.uint8)
                     break
         else:
             raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
-        return {"example": example, "frames": frames, "unreadable": unreadable, "index": index}
+        return {"example": example, "frames": frames, "unreadable": unreadable}
+
+    def generator(self, key, stream=0):
+        """Of what is random about an item. stream 1, for captions and masks: other numbers than chose its clips."""
+        epoch, index = key
+        return torch.Generator().manual_seed(self.seed + stream + 1_000_003 * (epoch * len(self) + index))
 
     def read(self, example, generator):
         path = find_media(self.folder, example.video)
@@ -1137,9 +1162,10 @@ def training_order(n_examples, batch_size, n_batches, seed, start=0):
 
 
 class Collator:
-    """A list of items to tensors. Texts are one per example, or, in multiple choice, one per option.
+    """A list of items to tensors. n texts per example: 1; in multiple choice, its options; of a MatchDataset, 2.
 
-    frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target (B,); and plain lists.
+    frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target (B,), with soft scores
+    (B, K), of a MatchDataset (B*n,); and plain lists.
     """
 
     def __init__(self, tokenizer, text_length, answers=None):
@@ -1193,13 +1219,27 @@ class MatchDataset(ClipDataset):
 
     def __getitem__(self, key):
         item = super().__getitem__(key)
-        epoch, index = key
-        generator = torch.Generator().manual_seed(self.seed + 1 + 1_000_003 * (epoch * len(self) + index))
         own = self.own[item["example"].video]
-        wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, generator)
+        wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, self.generator(key, 1))
         if wrong is None:
             raise DataError(f"{self.folder}: every caption is said of every video; there is nothing to tell apart")
-        return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}
+        return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}  # its own first: see rank_loss
+
+
+def outlive_signals(worker):
+    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its step: its workers ignore
+    the one and outlive the other by ten seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+def data_loader(dataset, batches, collate, workers, pin_memory=False):
+    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
+        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
+    )  # fmt: skip
 
 
 # -------------------------------------------------- pretraining: captions, some of them wrong, with words masked
@@ -1229,10 +1269,7 @@ class CaptionDataset(ClipDataset):
         self.captions = captions
 
     def __getitem__(self, key):
-        item = super().__getitem__(key)
-        epoch, index = key
-        # the collator goes on with this generator, for the masks; + 1: not the numbers that chose the clip
-        generator = torch.Generator().manual_seed(self.seed + 1 + 1_000_003 * (epoch * len(self) + index))
+        item, generator = super().__getitem__(key), self.generator(key, 1)  # the collator goes on with it: the masks
         texts, matches = self.draw_captions(item["example"], generator)
         return item | {"captions": texts, "matches": matches, "generator": generator}
 
@@ -1306,15 +1343,13 @@ class CaptionCollator(Collator):
         super().__init__(tokenizer, text_length)
         self.mask_rate = mask_rate
 
-    def mask(self, ids, generator):
-        return mask_tokens(torch.tensor(ids), self.tokenizer, generator, self.mask_rate)
-
     def __call__(self, items):
         rows = []
         for item in items:
             tokens = self.tokenizer(item["captions"], truncation=True, max_length=self.text_length)
-            rows += [self.mask(ids, item["generator"]) for ids in tokens["input_ids"]]
-        ids, labels = zip(*rows, strict=True)
+            for ids in tokens["input_ids"]:
+                rows.append(mask_tokens(torch.tensor(ids), self.tokenizer, item["generator"], self.mask_rate))
+        ids, labels = zip(*rows, strict=True)  # (length of its text,) each
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return {
             "frames": torch.stack([item["frames"] for item in items]),
@@ -1324,22 +1359,6 @@ class CaptionCollator(Collator):
             "itm_labels": torch.tensor([match for item in items for match in item["matches"]]),
             "unreadable": [item["unreadable"] for item in items],
         }
-
-
-def outlive_signals(worker):
-    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its step: its workers ignore
-    the one and outlive the other by ten seconds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
-def data_loader(dataset, batches, collate, workers, pin_memory=False):
-    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
-        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
-    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1380,6 +1399,7 @@ class ToyVideo(NamedTuple):
 
 
 def toy_video(name, rng):
+    """Draw what happens in a video: idle, action, idle, action, ..., last, idle; then turned, since a GIF is a loop."""
     action, last = rng.sample(TOY_ACTIONS, 2)
     times = rng.randint(2, 5)
     acts = [(action, TOY_BUSY * (i + 1) // times - TOY_BUSY * i // times) for i in range(times)] + [(last, TOY_LAST)]
@@ -1527,8 +1547,7 @@ def write_toy_coco(folder, train=2000, val=200, seed=0):
             images.append(image)
             annotations += [{"id": len(annotations) + k, "image_id": i, "caption": caption}
                             for k, caption in enumerate(toy_captions(photo))]  # fmt: skip
-        contents = json.dumps({"images": images, "annotations": annotations})
-        (folder / f"captions_{split}2017.json").write_text(contents, encoding="utf-8")
+        write_json(folder / f"captions_{split}2017.json", {"images": images, "annotations": annotations})
 
 
 def write_gif(frames, path):
@@ -1723,38 +1742,6 @@ def write(draw, place, text, size, color="black", anchor="la"):
 # ----------------------------------------------------------------------------------------------------------------------
 # Is the data whole? `python data.py check`
 
-
-class Layout(NamedTuple):
-    """How a task's data is read; the rest of a task stands in finetune.TASKS, and pretraining's in pretrain.py."""
-
-    read: object  # (folder, split) -> examples
-    toy: str  # which part of the toy data has its layout
-    text_length: int  # Lt at most, [CLS] and [SEP] included
-    top_answers: int | None = None  # open-ended: only so many answers, the most frequent ones of training (None: all)
-    stills: bool = False  # are images, without motion, what belongs there?
-
-
-def read_msrvtt_mc_task(folder, split):
-    """Only the test file is this task's own: a retrieval model scores the five captions."""
-    return (read_msrvtt_mc if split == "test" else read_msrvtt_retrieval)(folder, split)
-
-
-def tgif_layout(kind):
-    return Layout(functools.partial(read_tgif_qa, kind=kind), "tgif_qa", 25)
-
-
-LAYOUTS = {
-    **{f"tgif_qa_{kind}": tgif_layout(kind) for kind in ("action", "transition", "frameqa", "count")},
-    "msrvtt_retrieval": Layout(read_msrvtt_retrieval, "msrvtt", 20),
-    "didemo_retrieval": Layout(read_didemo, "msrvtt", 100),
-    "activitynet_retrieval": Layout(read_activitynet, "msrvtt", 100),
-    "msrvtt_qa": Layout(read_msrvtt_qa, "msrvtt", 100, top_answers=1500),
-    "msrvtt_mc": Layout(read_msrvtt_mc_task, "msrvtt", 20),
-    "vqa": Layout(read_vqa, "vqa", 20, top_answers=3129, stills=True),
-    "pretrain": Layout(lambda folder, split: read_captions(folder, split, split == "train"), "coco_captions", 30,
-                       stills=True),
-}  # fmt: skip
-ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 FINDINGS = {  # all that `check` looks for, and what to do about it; "!": it stops a run
     "annotations unreadable": "! mend the file that is named, or put it there",
@@ -1959,6 +1946,7 @@ def run_show(args):
 
 
 def main(arguments=None):
+    """The four commands. A mistake ends in one line and exit code 2, as in clipbert.main, which this can't import."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data")

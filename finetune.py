@@ -53,7 +53,7 @@ class Task(NamedTuple):
     weight_decay: float = 1e-3
     clip_grad: float = 5.0  # the gradient's largest norm
     test_clips: tuple = (1, 4, 16)  # N_test: evaluate at each of these
-    tiny: dict = {}  # what the tiny model changes for this task, besides TINY
+    tiny_steps: int = 800  # max_steps of the tiny model
 
 
 # Eight clips of two frames, as in the paper's MSRVTT rows.
@@ -62,7 +62,7 @@ RETRIEVAL = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "grad_accu
 # TGIF-QA: L, batch and learning rate are the paper's; the reference code's own config has 768, 16 and 5e-5.
 TASKS = {
     "tgif_qa_action": Task("TGIF-QA action", "choice"),
-    "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny={"max_steps": 1200}),
+    "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny_steps=1200),
     "tgif_qa_frameqa": Task("TGIF-QA FrameQA", "answer", answers=1540),
     "tgif_qa_count": Task("TGIF-QA count", "count"),
     "msrvtt_retrieval": Task("MSRVTT retrieval", "match", 2, **RETRIEVAL),
@@ -84,8 +84,7 @@ TASKS = {name: task._replace(**{field: getattr(data.LAYOUTS[name], field)
 
 # What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy frames do not show the
 # answer, and at 1e-3 that noise teaches the scores to ignore the options before attention has learned to match them.
-TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4,
-        "max_steps": 800}  # fmt: skip
+TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: a task's row, then the tiny model's changes, then the command line
@@ -129,10 +128,11 @@ def parse_arguments(arguments=None):
 
 def settings_for(args, cfg, stored=None):
     """The hyper-parameters in force: the task's row, tiny's changes, a checkpoint's settings, the command line's."""
-    row = TASKS[args.task]._asdict()
-    settings = {name: row[name] for name in list(row)[list(row).index("size") : -1]}
-    settings |= {"max_steps": None, "rerank": None}
-    settings |= TINY | row["tiny"] if cfg.backbone == "tiny" else {}
+    task = TASKS[args.task]
+    names = Task._fields[Task._fields.index("size") : Task._fields.index("test_clips") + 1]
+    settings = {name: getattr(task, name) for name in names} | {"max_steps": None, "rerank": None}
+    if cfg.backbone == "tiny":
+        settings |= TINY | {"max_steps": task.tiny_steps}
     return clipbert.override(settings | (stored or {}), args, cfg)
 
 
@@ -219,7 +219,7 @@ def train(run, model, training, examples, validate):
     A step is grad_accum batches, one update. Which examples and which random clips it sees depends on the seed and the
     step alone, so a resumed run repeats the uninterrupted one.
     """
-    s, device, n = run.settings, run.device, run.settings["grad_accum"] * clipbert.PROCESSES  # n batches to a step
+    s, n = run.settings, run.settings["grad_accum"] * clipbert.PROCESSES  # n batches to a step
 
     def batches_after(step):
         return data.training_order(len(examples), s["batch_size"], training.total_steps * n, run.seed, step * n)
@@ -229,22 +229,18 @@ def train(run, model, training, examples, validate):
     ]
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader(examples, s["train_clips"], True, own_batches))
-    steps_per_epoch = -(-len(examples) // (s["batch_size"] * n))
-    forward = clipbert.parallel(model)
+    steps_per_epoch = -(-len(examples) // training.per_step)
     model.train()
     for step in training.steps():
         loss = 0.0
-        for i in range(s["grad_accum"]):
-            forward.require_backward_grad_sync = i == s["grad_accum"] - 1  # else as in DDP's no_sync()
-            batch = device.move(next(loader))
-            with device.autocast():
-                logits = forward(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
-                p = clipbert.aggregate_clips(logits.float(), s["agg"])  # p = G(p_1, ..., p_N)
+        for batch in training.batches(loader):
+            with run.device.autocast():
+                p = training.forward(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
+                p = clipbert.aggregate_clips(p.float(), s["agg"])  # p = G(p_1, ..., p_N)
                 # The reference sums the gradients of accumulated batches; the mean makes two batches of 16 one of 32.
                 part = clipbert.video_loss(p, batch["target"], run.task.kind) / s["grad_accum"]
             training.scaler.scale(part).backward()
             loss = loss + part.detach()
-            training.unreadable.update(line for lines in batch["unreadable"] for line in lines)
         training.update(step, loss=loss)
         if validate and (step % steps_per_epoch == 0 or step == training.total_steps):
             training.flush()
@@ -264,7 +260,8 @@ def score_videos(run, model, examples, n_clips):
     """p of every example at N_test = n_clips, as (scores, readable) pairs in order, and what could not be read."""
     model.eval()
     size = max(1, 2 * run.settings["batch_size"] // n_clips)  # keep the number of clips in memory level
-    batches = [[(0, i) for i in range(b, min(b + size, len(examples)))] for b in range(0, len(examples), size)]
+    keys = [(0, i) for i in range(len(examples))]
+    batches = [keys[b : b + size] for b in range(0, len(keys), size)]
     results, errors = [], []
     for batch in run.loader(examples, n_clips, False, batches):
         batch = run.device.move(batch)
@@ -273,7 +270,7 @@ def score_videos(run, model, examples, n_clips):
         p = clipbert.aggregate_clips(logits.float(), run.settings["agg"])
         if run.task.kind in ("match", "rank"):  # multiple choice by a retrieval model
             p = clipbert.match_score(p)
-        p = p.view(len(batch["examples"]), -1).cpu()
+        p = p.view(len(batch["examples"]), -1).cpu()  # (B, K), or (B, n): a score for each of n options
         results += [(scores, not lines) for scores, lines in zip(p, batch["unreadable"], strict=True)]
         errors += [line for lines in batch["unreadable"] for line in lines]
     return results, errors
@@ -301,16 +298,14 @@ def evaluate(run, model, examples, clip_counts):
     name, factor = ("mse", 1) if run.task.kind == "count" else ("accuracy", 100)
     for n in clip_counts:
         results, errors = score_videos(run, model, examples, n)
-        judged = [judge(run.task, e, *result, run.answers) for e, result in zip(examples, results, strict=True)]
-        by_clips[str(n)] = {name: mean(value * factor for _, value in judged)}
-        for kind in sorted({example.kind for example in examples} - {""}):
-            values = [value * factor for e, (_, value) in zip(examples, judged, strict=True) if e.kind == kind]
-            by_clips[str(n)][f"{name}_{kind}"] = mean(values)
-        predictions = [
-            {"id": e.id, "video": e.video, "text": e.text, "options": list(e.options), "answer": e.answer,
-             "prediction": prediction, name: value, "clips": n}
-            for e, (prediction, value) in zip(examples, judged, strict=True)
-        ]  # fmt: skip
+        predictions, values = [], {"": []}  # values: of all examples, and of each kind of question
+        for e, (scores, readable) in zip(examples, results, strict=True):
+            prediction, value = judge(run.task, e, scores, readable, run.answers)
+            predictions.append({"id": e.id, "video": e.video, "text": e.text, "options": list(e.options),
+                                "answer": e.answer, "prediction": prediction, name: value, "clips": n})  # fmt: skip
+            for kind in {"", e.kind}:
+                values.setdefault(kind, []).append(value * factor)
+        by_clips[str(n)] = {f"{name}_{kind}" if kind else name: mean(values[kind]) for kind in sorted(values)}
     return by_clips, predictions, errors
 
 
@@ -425,6 +420,7 @@ def mean_rank(own, scores):
 
 
 def recalls(ranks):
+    """R@k, the percentage of ranks up to k; and the median and the mean rank, the lower the better."""
     found = {f"r{k}": mean((100.0 * (ranks <= k)).tolist()) for k in (1, 5, 10)}
     return found | {"median_rank": float(np.median(ranks)), "mean_rank": mean(ranks.tolist())}
 
@@ -437,7 +433,8 @@ def evaluate_retrieval(run, model, examples, clip_counts):
     columns = [places[example.video] for example in examples]
     for n in clip_counts:
         grids, errors = encode_videos(run, model, videos, n)
-        for rerank in (n > 1 and run.settings.get("rerank")) or [None]:
+        reranks = run.settings.get("rerank") if n > 1 else None  # one clip: the first score is the full one
+        for rerank in reranks or [None]:
             scores = score_pairs(run, model, [example.text for example in examples], grids, rerank)
             by_clips[f"{n} best {rerank}" if rerank else str(n)] = retrieval_metrics(scores, columns)
         ranks = mean_rank(scores.gather(1, torch.tensor(columns)[:, None]), scores).tolist()
@@ -481,19 +478,17 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
 
 
 def run_training(args):
-    state = load_resumable(args) if args.resume else None
-    clipbert.seed_everything(args.seed)
+    """Train, then evaluate best.pt on the test split."""
+    state = clipbert.load_stopped(args, args.task) if args.resume else None
+    torch.manual_seed(args.seed)
     with clipbert.first_one_first():
         run, model, vocabulary, examples, test = prepare(args, state)
-    s = run.settings
-    per_step = s["batch_size"] * s["grad_accum"] * clipbert.PROCESSES
-    total_steps = s["max_steps"] or s["epochs"] * -(-len(examples) // per_step)
     training = clipbert.Training(
-        args, run, model, total_steps, state, task=args.task, data=str(run.folder), vocabulary=vocabulary,
+        args, run, model, len(examples), state, task=args.task, data=str(run.folder), vocabulary=vocabulary,
         answers=run.answers, num_outputs=model.num_outputs,
     )  # fmt: skip
     print(f"{run.task.title}: {len(examples):,} training and {len(test):,} test examples from {run.folder}")
-    print(training.summary(per_step, "examples"))
+    print(training.summary("examples"))
     validate = validation(args, run, model) if run.task.validation and args.data else None
     with training:
         train(run, model, training, examples, validate)
@@ -501,21 +496,11 @@ def run_training(args):
     if validate:
         model.load_state_dict(clipbert.load_checkpoint(args.out / "best.pt")["model"])
     else:  # without a validation split: choosing a step by the test set would be cheating, so the last is the best
-        training.save("best.pt", total_steps)
-    by_clips, predictions, errors = evaluate(run, model, test, s["test_clips"])
+        training.save("best.pt", training.total_steps)
+    by_clips, predictions, errors = evaluate(run, model, test, run.settings["test_clips"])
     seconds = time.time() - training.began
     report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), seconds)
     print_next_steps(args)
-
-
-def load_resumable(args):
-    """The newest whole checkpoint of the output folder; the seed is that of the stopped run."""
-    state, path = clipbert.load_newest(args.out)
-    if state.get("task") != args.task:
-        raise ValueError(f"{path}: a checkpoint of {state.get('task')}, which can't go on as {args.task}")
-    args.seed, args.blind = state["seed"], state["blind"]
-    print(f"resuming from {path}, step {state['step']}")
-    return state
 
 
 def prepare(args, state):
@@ -583,6 +568,7 @@ def load_for_use(args):
 
 
 def run_evaluation(args):
+    """--eval: evaluate a checkpoint at each N_test."""
     run, model = load_for_use(args)
     _, test = load_examples(args, args.split)
     if args.cache:

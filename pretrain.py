@@ -1,4 +1,4 @@
-"""Pretrain ClipBERT on captioned images (paper sections 3.3 and 4): masked language modelling, image-text matching.
+"""Pretrain ClipBERT on captioned images (paper, section 3): masked language modelling, image-text matching.
 
     python pretrain.py                                            the toy photos: minutes on a laptop CPU
     python finetune.py --task tgif_qa --init runs/pretrain/last.pt          ... and what it is good for
@@ -30,6 +30,9 @@ import torch
 import clipbert
 import data
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: the paper's, then the tiny model's changes, then the command line
+
 # The reference's hyper-parameters: 32 images x 2 captions a batch and GPU, two batches to an update, eight GPUs.
 PAPER = {
     "size": 768,  # L, pixels
@@ -53,9 +56,6 @@ PAPER = {
 # weighs: its large, easy gains (which word follows which, without looking) teach attention to leave the picture alone.
 # Hence the reference's average over all positions, that is, a small weight, and a low learning rate.
 TINY = {"size": 64, "captions": 6, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200, "mlm_over": "all"}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: the paper's, then the tiny model's changes, then the command line
 
 
 def parse_arguments(arguments=None):
@@ -81,6 +81,7 @@ def parse_arguments(arguments=None):
 
 
 def settings_for(args, cfg, stored=None):
+    """The hyper-parameters in force: the paper's, tiny's changes, a checkpoint's settings, the command line's."""
     return clipbert.override(PAPER | (TINY if cfg.backbone == "tiny" else {}) | (stored or {}), args, cfg)
 
 
@@ -166,10 +167,12 @@ class Run(NamedTuple):
 def train(run, model, training, ratio):
     """The training loop, as in finetune.py: a step is grad_accum batches, one update.
 
+        loss = L_MLM + L_ITM        (paper, section 3: pretraining)
+
     Which images, captions and masks it sees depends on the seed and the step alone; the grid tokens that are kept, and
     dropout, on torch's random state, which checkpoints hold: a resumed run repeats the uninterrupted one.
     """
-    s, device, sizes = run.settings, run.device, [len(source.train) for source in run.sources]
+    s, sizes = run.settings, [len(source.train) for source in run.sources]
     n = s["grad_accum"] * clipbert.PROCESSES  # batches to a step
 
     def batches_after(step):
@@ -180,20 +183,17 @@ def train(run, model, training, ratio):
     ]
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader("train", run.seed, own_batches))
-    forward = clipbert.parallel(model)
     model.train()
     for step in training.steps():
-        losses = torch.zeros(2, device=device.name)
-        for i in range(s["grad_accum"]):
-            forward.require_backward_grad_sync = i == s["grad_accum"] - 1  # else as in DDP's no_sync()
-            batch = device.move(next(loader))
-            with device.autocast():
-                mlm, itm = forward(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"], s["keep"])
+        losses = torch.zeros(2, device=run.device.name)
+        for batch in training.batches(loader):
+            frames = batch["frames"][:, 0]  # (B, T, 3, L, L): the one clip
+            with run.device.autocast():
+                mlm, itm = training.forward(frames, batch["input_ids"], batch["attention_mask"], s["keep"])
             mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s["mlm_over"])
             itm = clipbert.itm_loss(itm, batch["itm_labels"])
             training.scaler.scale((mlm + itm) / s["grad_accum"]).backward()
             losses += torch.stack([mlm, itm]).detach() / s["grad_accum"]
-            training.unreadable.update(line for lines in batch["unreadable"] for line in lines)
         training.update(step, loss=losses.sum(), mlm=losses[0], itm=losses[1])
         if training.due(step):
             training.flush()
@@ -219,8 +219,8 @@ def evaluate(run, model):
         batch = run.device.move(batch)
         with run.device.autocast():
             mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"])
-        masked = batch["mlm_labels"] != -100
-        match = batch["itm_labels"] == 1
+        masked = batch["mlm_labels"] != -100  # (B*n, Lt)
+        match = batch["itm_labels"] == 1  # (B*n,)
         right = mlm.argmax(-1) == batch["mlm_labels"]  # (B*n, Lt)
         sums["words"] += masked.sum().item()
         sums["words_right"] += right.sum().item()
@@ -264,29 +264,19 @@ def report(run, args, metrics, errors, seconds):
 # The two things this script does
 
 
-def folders_for(args):
-    return args.data or [data.toy_data("coco_captions") / "coco_captions"]
-
-
 def run_training(args):
-    state, path = clipbert.load_newest(args.out) if args.resume else (None, None)
-    model = model_from(state, path) if state else None
-    if state:
-        args.seed, args.blind = state["seed"], state["blind"]  # those of the stopped run
-        print(f"resuming from {path}, step {state['step']}")
-    clipbert.seed_everything(args.seed)
+    """Pretrain, then evaluate the last weights on the validation images."""
+    state = clipbert.load_stopped(args, "pretrain") if args.resume else None
+    torch.manual_seed(args.seed)
     with clipbert.first_one_first():
-        run, model, vocabulary = prepare(args, model, state)
-    s, images = run.settings, sum(len(source.train) for source in run.sources)
-    per_step = s["batch_size"] * s["grad_accum"] * clipbert.PROCESSES
-    total_steps = s["max_steps"] or s["epochs"] * -(-images // per_step)
+        run, model, vocabulary = prepare(args, state)
+    images, folders = sum(len(source.train) for source in run.sources), [str(source.folder) for source in run.sources]
     training = clipbert.Training(
-        args, run, model, total_steps, state, task="pretrain", data=[str(source.folder) for source in run.sources],
-        vocabulary=vocabulary,
-    )  # fmt: skip
+        args, run, model, images, state, task="pretrain", data=folders, vocabulary=vocabulary
+    )
     for source in run.sources:
         print(f"{len(source.train):,} training and {len(source.val):,} validation images from {source.folder}")
-    print(training.summary(per_step, "images"))
+    print(training.summary("images"))
     with training:
         train(run, model, training, args.ratio)
     training.list_unreadable()
@@ -295,13 +285,14 @@ def run_training(args):
         print(f"\nNext: python finetune.py --task tgif_qa --init {args.out / 'last.pt'}")
 
 
-def prepare(args, model, state):
-    """-> the Run, the model (a new one, if there is none to go on with) and its vocabulary."""
+def prepare(args, state):
+    """-> the Run, the model (a new one, if there is no checkpoint's state to go on with) and its vocabulary."""
     device = clipbert.choose_device(args)
-    sources = [load_source(folder, args) for folder in folders_for(args)]
     if state:
-        vocabulary = state["vocabulary"]
-    else:
+        model, vocabulary = model_from(state, args.eval or args.out), state["vocabulary"]
+    folders = args.data or [data.toy_data("coco_captions") / "coco_captions"]
+    sources = [load_source(folder, args) for folder in folders]
+    if not state:
         model, vocabulary = clipbert.start_model(
             clipbert.ClipBertForPreTraining, args,
             lambda: text_vocabulary(sources, args), lambda: data.read_vocabulary(args.bert),
@@ -311,9 +302,8 @@ def prepare(args, model, state):
 
 
 def run_evaluation(args):
-    state = clipbert.load_checkpoint(args.eval)
-    model = model_from(state, args.eval)
-    run, model, _ = prepare(args, model, state)
+    """--eval: evaluate a checkpoint."""
+    run, model, _ = prepare(args, clipbert.load_checkpoint(args.eval))
     began = time.time()
     report(run, args, *evaluate(run, run.device.place(model)), time.time() - began)
 

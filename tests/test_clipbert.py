@@ -12,7 +12,7 @@ import math
 import pickle
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -740,7 +740,7 @@ def test_waste_of_memory_ends_in_flags_for_the_same_update(capsys):
 
 
 def checkpoint(model):
-    return {"config": clipbert.config_dict(model.cfg), "model": model.state_dict(), "step": 3, "task": "tgif_qa"}
+    return {"config": asdict(model.cfg), "model": model.state_dict(), "step": 3, "task": "tgif_qa"}
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -760,7 +760,7 @@ def test_checkpoint_round_trip(tmp_path):
 def test_checkpoint_config_survives_json():
     """config.json turns tuples into lists; they come back as tuples."""
     for cfg in (clipbert.ClipBertConfig.base(), clipbert.ClipBertConfig.official(), clipbert.ClipBertConfig.tiny()):
-        assert clipbert.config_from({"config": json.loads(json.dumps(clipbert.config_dict(cfg)))}) == cfg
+        assert clipbert.config_from({"config": json.loads(json.dumps(asdict(cfg)))}) == cfg
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
