@@ -639,9 +639,10 @@ def whole_file(path, previous=None):
     except BaseException as error:
         with suppress(OSError):  # the disk may be gone altogether
             os.unlink(temporary)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what the disk said
+        # torch.save wraps what was raised inside it: by the disk, a signal, or the news of a dead worker
+        cause = (isinstance(error, RuntimeError) and error.__context__) or error
         if not isinstance(cause, OSError):
-            raise
+            raise cause from None
         raise OSError(f"{path}: not written ({cause.strerror or cause}): make room or choose another --out; what was "
                       "saved before is still there, and --resume goes on from it") from error  # fmt: skip
 

@@ -53,7 +53,7 @@ class Task(NamedTuple):
     weight_decay: float = 1e-3
     clip_grad: float = 5.0  # the gradient's largest norm
     test_clips: tuple = (1, 4, 16)  # N_test: evaluate at each of these
-    tiny_steps: int = 800  # max_steps of the tiny model
+    tiny: dict | None = None  # what the tiny model changes for this task, besides TINY
 
 
 # Eight clips of two frames, as in the paper's MSRVTT rows.
@@ -62,7 +62,7 @@ RETRIEVAL = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "grad_accu
 # TGIF-QA: L, batch and learning rate are the paper's; the reference code's own config has 768, 16 and 5e-5.
 TASKS = {
     "tgif_qa_action": Task("TGIF-QA action", "choice"),
-    "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny_steps=1200),
+    "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny={"max_steps": 1200}),
     "tgif_qa_frameqa": Task("TGIF-QA FrameQA", "answer", answers=1540),
     "tgif_qa_count": Task("TGIF-QA count", "count"),
     "msrvtt_retrieval": Task("MSRVTT retrieval", "match", 2, **RETRIEVAL),
@@ -84,7 +84,8 @@ TASKS = {name: task._replace(**{field: getattr(data.LAYOUTS[name], field)
 
 # What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy frames do not show the
 # answer, and at 1e-3 that noise teaches the scores to ignore the options before attention has learned to match them.
-TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4}
+TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4,
+        "max_steps": 800}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: a task's row, then the tiny model's changes, then the command line
@@ -132,7 +133,7 @@ def settings_for(args, cfg, stored=None):
     names = Task._fields[Task._fields.index("size") : Task._fields.index("test_clips") + 1]
     settings = {name: getattr(task, name) for name in names} | {"max_steps": None, "rerank": None}
     if cfg.backbone == "tiny":
-        settings |= TINY | {"max_steps": task.tiny_steps}
+        settings |= TINY | (task.tiny or {})
     return clipbert.override(settings | (stored or {}), args, cfg)
 
 
@@ -522,6 +523,8 @@ def prepare(args, state):
         )  # fmt: skip
     if answers:
         examples = only_known_answers(examples, set(answers), "training: left out")
+        if not examples:
+            raise data.DataError(f"{folder}: no training answer is in the list of answers there; remove the list")
         only_known_answers(test, set(answers), "test: counted as wrong")
     settings = settings_for(args, model.cfg, state and state["settings"])
     tokenizer = data.build_tokenizer(vocabulary)
