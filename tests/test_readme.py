@@ -10,7 +10,8 @@ import data
 import finetune
 import pretrain
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = sorted(set(re.findall(r"`((?:clipbert|data|finetune|pretrain)\.[\w.]+)`", README)) - {
     f"{module}.py" for module in ("clipbert", "data", "finetune", "pretrain")})  # fmt: skip
 MODULES = {"clipbert": clipbert, "data": data, "finetune": finetune, "pretrain": pretrain}
@@ -25,7 +26,8 @@ def test_readme_names_what_exists(name):
 
 
 def test_readme_flags_exist():
-    scripts = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in MODULES.values())
+    files = [*ROOT.glob("*.py"), ROOT / "tests/ablations.py", ROOT / "tests/assignment.py"]
+    scripts = "".join(path.read_text(encoding="utf-8") for path in files)
     known = set(re.findall(r'"(--\w+)"', scripts))
     others = {"upgrade", "help", "nproc_per_node"}  # of pip, argparse, torchrun
     flags = set(re.findall(r"(?<![\w-])--([a-z_]+)", README)) - others
