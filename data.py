@@ -34,6 +34,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -1737,6 +1738,131 @@ def draw_time_line(draw, media, times, length):
 
 def write(draw, place, text, size, color="black", anchor="la"):
     draw.text(place, text, fill=color, font=ImageFont.load_default(size), anchor=anchor)
+
+
+class Seen(NamedTuple):
+    """What a model looked at in one video, and what it made of it; all of it on the CPU."""
+
+    text: str
+    frames: Tensor  # (N, T, 3, L, L) uint8: the clips
+    words: list  # of the text, from "[CLS]" on; in multiple choice, of the winning option's
+    attention: Tensor  # (N, words, h, w): from each word to each cell of the grid
+    names: list  # of the options or answers
+    scores: Tensor  # (N, names): what each clip says alone, as probabilities; in counting, the number
+    weights: Tensor  # (N,): of each clip in G
+    ranking: Tensor  # (names,): what all clips say together
+    full: float  # the score of the longest bar: 1, or a high count
+
+
+HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis: brightness alone tells it
+
+
+def attention_sheet(path, clips, length, how, seen, each_word=False):
+    """A picture 1600 pixels wide of how an answer came about: a row for each clip, below them what G makes of all.
+
+    clips (N, T) frame indices; length: a clip's seconds; how: G. Colours are the attention from [CLS] to the grid and,
+    with each_word, from every word, all on one scale; what does not go to the grid goes to the text.
+    """
+    media, (N, T) = probe(path), clips.shape
+    side, rows = min(180, 690 // (T + 1) - 6), -(-(len(seen.words) - 1) // 12) if each_word else 0  # rows of words
+    height, x = max(side + 50, 170) + 150 * rows, 130 + (T + 1) * (side + 6)  # of a clip; right of its pictures
+    sheet = Image.new("RGB", (1600, 420 + N * (height + 52)), "white")
+    draw = ImageDraw.Draw(sheet)
+    write(draw, (40, 24), shorten(seen.text, 80), 28)
+    write(draw, (1560, 30), f"{shorten(Path(path).name, 40)}, N = {N}, T = {T}", 20, "#555555", "ra")
+    y = draw_time_line(draw, media, (clips / media.fps).tolist(), length) + 30
+    heads = {130: "frames", x - side - 6: "[CLS] looks at", x + 30: "this clip alone", 1430: "weight in G"}
+    for left, head in heads.items():
+        write(draw, (left, y), head, 20, "#555555")
+    top = seen.attention[:, : None if each_word else 1].max().item()
+    for i in range(N):
+        draw_clip(sheet, y + 38 + i * (height + 26), i, f"{clips[i, 0] / media.fps:.2f} s", side, top, seen, rows)
+    y += 38 + N * (height + 26)
+    draw.line((40, y - 14, 1560, y - 14), fill="#333333", width=2)
+    write(draw, (40, y), f"All clips, G = {how}", 24)
+    draw_bars(draw, (x + 30, y), 1370 - x, seen, seen.ranking, best_first(seen.ranking), "#333333")
+    scale = torch.linspace(0, top, 200)[None].expand(16, -1)
+    sheet.paste(colors(scale, top), (130, y + 60))
+    write(draw, (130, y + 80), f"0 to {top:.1%} of the attention, in one cell", 16, "#555555")
+    return sheet.crop((0, 0, 1600, y + max(120, 30 * min(5, len(seen.names))) + 20))
+
+
+def draw_clip(sheet, y, i, time, side, top, seen, rows):
+    """Clip i's row, from y: frames, attention, scores, weight; then rows of words."""
+    draw, color, T = ImageDraw.Draw(sheet), SHEET_COLORS[i % len(SHEET_COLORS)], len(seen.frames[i])
+    write(draw, (40, y), f"clip {i + 1}", 20, color)
+    write(draw, (40, y + 28), time, 18, "#333333")
+    for t, pixels in enumerate(seen.frames[i]):
+        sheet.paste(picture(pixels, side), (130 + t * (side + 6), y))
+    x, middle = 130 + T * (side + 6), seen.frames[i, T // 2]
+    sheet.paste(overlay(middle, seen.attention[i, 0], top, side), (x, y))
+    write(draw, (x + side // 2, y + side + 6), f"{seen.attention[i, 0].sum():.0%} on the grid", 16, "#555555", "ma")
+    order = best_first(seen.ranking)  # the same for each clip, but its own favourite is always there
+    if (own := seen.scores[i].argmax().item()) not in order:
+        order[-1] = own
+    x += side + 36
+    draw_bars(draw, (x, y), 1400 - x, seen, seen.scores[i], order, color)
+    draw.rectangle((1430, y + 2, 1431 + 70 * seen.weights[i].item(), y + 20), fill=color)
+    write(draw, (1560, y), f"{seen.weights[i]:.0%}", 18, "#333333", "ra")
+    for k, word in enumerate(seen.words[1:] if rows else ()):
+        place = 130 + k % 12 * 120, y + max(side + 50, 170) + k // 12 * 150
+        write(draw, (place[0] + 56, place[1]), shorten(word, 13), 16, "#333333", "ma")
+        sheet.paste(overlay(middle, seen.attention[i, k + 1], top, 112), (place[0], place[1] + 24))
+
+
+def draw_bars(draw, place, width, seen, scores, order, color):
+    """A line each for the names in `order`: the name, a bar, the number; the highest one's in `color`."""
+    letters = max(8, *(min(25, len(seen.names[j])) for j in best_first(seen.ranking)))
+    x = place[0] + 30 + 10 * letters
+    for k, j in enumerate(order):
+        y, score = place[1] + 30 * k, scores[j].item()
+        end = x + max(1, (width - 90 - 10 * letters) * min(score / seen.full, 1))
+        write(draw, (place[0], y), shorten(seen.names[j], letters), 18, "#333333")
+        draw.rectangle((x, y + 2, end, y + 20), fill=color if score == scores.max() else "#bbbbbb")
+        write(draw, (end + 8, y), f"{score:.0%}" if seen.full == 1 else f"{score:.2f}", 18, "#333333")
+
+
+def best_first(scores, most=5):
+    return scores.topk(min(most, len(scores))).indices.tolist()
+
+
+def picture(pixels, side):
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
+
+
+def overlay(pixels, attention, top, side):
+    """A frame (3, L, L) in grey under its attention (h, w), made smooth: violet is 0, yellow is `top`."""
+    attention = F.interpolate(attention[None, None], size=(side, side), mode="bilinear")[0, 0]
+    return Image.blend(picture(pixels, side).convert("L").convert("RGB"), colors(attention, top), 0.7)
+
+
+def colors(values, top):
+    """(h, w) from 0 to `top` as a picture in the colours of HEAT."""
+    stops = np.linspace(0, top, len(HEAT))
+    rgb = [np.interp(values.numpy(), stops, channel) for channel in zip(*HEAT, strict=True)]
+    return Image.fromarray(np.stack(rgb, -1).astype(np.uint8))
+
+
+def shorten(text, length):
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def example_sheet(title, right, wrong):
+    """A picture 1600 pixels wide: two columns of cards (pictures, lines of text), what a model got right and wrong."""
+    sheet = Image.new("RGB", (1600, 140 + 210 * max(len(right), len(wrong), 1)), "white")
+    draw = ImageDraw.Draw(sheet)
+    write(draw, (40, 24), title, 28)
+    for x, head, cards, color in ((40, "right", right, "#009e73"), (820, "wrong", wrong, "#d55e00")):
+        write(draw, (x, 76), head if cards else f"none {head}", 22, color)
+        for i, (pictures, lines) in enumerate(cards):
+            y, side = 116 + 210 * i, min(180, 440 // len(pictures) - 6)
+            draw.line((x, y - 6, x + 740, y - 6), fill=color, width=2)
+            for k, image in enumerate(pictures):
+                sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x + k * (side + 6), y + 6))
+            left = x + len(pictures) * (side + 6) + 14
+            lines = [part for line in lines for part in textwrap.wrap(line, (x + 740 - left) * 2 // 17)]
+            write(draw, (left, y + 4), "\n".join(lines[:7]), 18, "#333333")
+    return sheet
 
 
 # ----------------------------------------------------------------------------------------------------------------------

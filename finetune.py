@@ -5,15 +5,17 @@
     python finetune.py --task tgif_qa --data DIR --init CKPT                  from image-text pretraining
     python finetune.py --task tgif_qa --data DIR --eval CKPT --test_clips 1 4 16
     python finetune.py --task tgif_qa --eval CKPT --predict cat.gif --question "what does the cat do 3 times ?" \\
-                       --options jump spin wave
+                       --options jump spin wave --sheet out.png
     python finetune.py --task tgif_qa --resume                                go on after an interruption
     torchrun --nproc_per_node=8 finetune.py --task tgif_qa --data DIR ...     eight GPUs, eight times the batch
 
 Everything is written to runs/<task>/: config.json, log.jsonl (a line a step or evaluation), last.pt and the one before
-it, previous.pt, best.pt, predictions.jsonl and metrics.json; nonfinite.pt, if the loss stopped being a number.
+it, previous.pt, best.pt, predictions.jsonl, metrics.json and sheet.png (some of the test examples, right and wrong);
+nonfinite.pt, if the loss stopped being a number.
 """
 
 import json
+import math
 import sys
 import time
 from itertools import islice
@@ -104,6 +106,8 @@ def parse_arguments(arguments=None):
     add("--predict", type=Path, metavar="VIDEO", help="with --eval: answer --question about one video")
     add("--question")
     add("--options", nargs="+", default=[], help="multiple choice: the options")
+    add("--sheet", type=Path, metavar="FILE", help="with --predict: draw what the model looked at")
+    add("--words", action="store_true", help="with --sheet: the attention from each word, too")
     clipbert.add_flags(parser)
     # hyper-parameters of the tasks; the default is the task's row, printed at the start
     parser.numbers("--train_clips", high=1000, help="N_train")
@@ -121,6 +125,8 @@ def parse_arguments(arguments=None):
         parser.error("--split chooses what --eval CKPT evaluates")
     if (args.predict or args.question or args.options) and not (args.eval and args.predict and args.question):
         parser.error("--predict VIDEO needs --eval CKPT and --question TEXT, and they need it")
+    if args.sheet and not args.predict or args.words and not args.sheet:
+        parser.error("--sheet draws what --predict VIDEO looked at, --words adds to it; give what is missing")
     if args.rank_loss and TASKS[args.task].kind != "match":
         parser.error(f"--rank_loss is for retrieval, which {args.task} is not; leave it out")
     clipbert.check_flags(parser, args)
@@ -501,6 +507,9 @@ def run_training(args):
     by_clips, predictions, errors = evaluate(run, model, test, run.settings["test_clips"])
     seconds = time.time() - training.began
     report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), seconds)
+    if not clipbert.RANK:
+        with clipbert.whole_file(args.out / "sheet.png") as file:
+            example_sheet(run, model, test, predictions).save(file, "PNG")
     print_next_steps(args)
 
 
@@ -584,7 +593,6 @@ def run_evaluation(args):
     report(run, args, by_clips, predictions, errors, chance, time.time() - began)
 
 
-@torch.no_grad()
 def run_prediction(args):
     """Answer one question about one video, at the largest N_test."""
     run, model = load_for_use(args)
@@ -594,20 +602,91 @@ def run_prediction(args):
     example = data.Example(id="0", video=args.predict.name, text=args.question, options=tuple(args.options), answer=0)
     frames = data.read_clips(args.predict, n, s["frames"], s["fps"], s["size"], False, None)
     item = {"example": example, "frames": frames, "unreadable": [], "index": 0}
-    batch = run.device.move(data.Collator(run.tokenizer, s["text_length"])([item]))
-    model.eval()
-    with run.device.autocast():
-        logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
-    p = clipbert.aggregate_clips(logits.float(), s["agg"]).cpu()
-    p = clipbert.match_score(p).log() if run.task.kind in ("match", "rank") else p.flatten()
+    seen = look(run, model, data.Collator(run.tokenizer, s["text_length"])([item]))
     print(f"{args.predict.name}, {n} clips of {s['frames']} frames: {args.question}")
-    if run.task.kind == "count":
-        print(f"  {p.item():.2f}")
-        return
-    names = args.options or run.answers or [args.question]
-    probabilities = p.softmax(0)
-    for i in p.argsort(descending=True).tolist()[:5]:
-        print(f"  {probabilities[i]:6.1%}  {names[i] if i < len(names) else '(unused)'}")
+    for i in data.best_first(seen.ranking):
+        score = seen.ranking[i].item()
+        print(f"  {score:.2f}" if run.task.kind == "count" else f"  {score:6.1%}  {seen.names[i]}")
+    if args.sheet:
+        media = data.probe(args.predict)
+        clips = data.sample_clips(media.num_frames, media.fps, n, s["frames"], s["fps"], False)
+        data.attention_sheet(args.predict, clips, s["frames"] / s["fps"], s["agg"], seen, args.words).save(args.sheet)
+
+
+def look(run, model, batch):
+    """What the model makes of a batch of one example, and what it looked at: a data.Seen."""
+    kept, how, example = [], run.settings["agg"], batch["examples"][0]
+    model.eval()
+    model.bert.set_attn_implementation("eager")  # which has the attention weights as a tensor; SDPA never does
+    attention = model.bert.encoder.layer[-1].attention.self
+    hook = attention.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs[1].float().mean(1)))
+    batch = run.device.move(batch)
+    with torch.no_grad(), run.device.autocast(), torch.compiler.set_stance("force_eager"):  # compiled, no hook runs
+        logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
+    hook.remove()
+    model.bert.set_attn_implementation("sdpa")
+    logits = logits.float().cpu()  # (N, n, K)
+    scores = torch.stack([probabilities(run.task, p) for p in logits])  # (N, names)
+    ranking = probabilities(run.task, clipbert.aggregate_clips(logits, how))
+    best, counting = ranking.argmax().item(), run.task.kind == "count"
+    points = logits[..., -1] if run.task.kind in ("match", "rank") else logits.flatten(1)  # (N, names), one each
+    names = list(example.options) or (["count"] if counting else run.answers) or [example.text]
+    text = best if example.options else 0  # multiple choice has a text for each option
+    words = batch["attention_mask"][text].sum() - 1  # all but the last, [SEP]
+    grid = kept[0].cpu().unflatten(0, logits.shape[:2])[:, text, :words, batch["input_ids"].shape[1] :]
+    return data.Seen(
+        example.text, batch["frames"][0].cpu(), run.tokenizer.convert_ids_to_tokens(batch["input_ids"][text, :words]),
+        grid.unflatten(2, (math.isqrt(grid.shape[2]), -1)), names + ["(unused)"] * (len(ranking) - len(names)), scores,
+        clip_weights(points[:, best], how), ranking, max(10.0, scores.max().item()) if counting else 1,
+    )  # fmt: skip
+
+
+def example_sheet(run, model, examples, predictions, each=4):
+    """A picture of the first few test examples that were right, and of those that were wrong."""
+    # Right is, in retrieval, a caption whose own video comes first, and in counting what is off by less than a half.
+    columns, run = ([], []), run._replace(device=run.device._replace(workers=0))
+    for example, row in zip(examples, predictions, strict=True):
+        right = row["rank"] == 1 if "rank" in row else row["mse"] < 0.25 if "mse" in row else row["accuracy"] >= 0.5
+        if len(columns[not right]) < each:
+            columns[not right].append((retrieval_card if "rank" in row else answer_card)(run, model, example, row))
+    title = f"{run.task.title}, N_test = {predictions[0]['clips']}: the first test examples right and wrong"
+    return data.example_sheet(title, *columns)
+
+
+def answer_card(run, model, example, row):
+    """Pictures and lines: the clip that weighs most (in mean: that is surest), its attention, question and answers."""
+    seen = look(run, model, next(iter(run.loader([example], row["clips"], False, [[(0, 0)]]))))
+    best = seen.ranking.argmax()
+    i = max(range(row["clips"]), key=lambda i: (seen.weights[i].item(), seen.scores[i, best].item()))
+    pictures, attention = [data.picture(pixels, 180) for pixels in seen.frames[i][:3]], seen.attention[i, 0]
+    pictures.append(data.overlay(seen.frames[i, seen.frames.shape[1] // 2], attention, attention.max().item(), 180))
+    answer, said = example.answer, row["prediction"]
+    answer = example.options[answer] if example.options else answer
+    answer = max(answer, key=answer.get, default="") if isinstance(answer, dict) else answer
+    said = f"{said:.2f}" if isinstance(said, float) else said or "nothing"
+    return pictures, [example.text, f"predicted: {said}", f"answer: {answer}", f"(clip {i + 1} of {row['clips']})"]
+
+
+def retrieval_card(run, model, example, row):
+    """Pictures and lines: the middle frames of a caption's three best videos, and where its own one stands."""
+    best = [example._replace(video=video) for video in row["prediction"][:3]]
+    batches = run.loader(best, 1, False, [[(0, i)] for i in range(len(best))])
+    pictures = [data.picture(batch["frames"][0, 0, 0], 180) for batch in batches]
+    return pictures, [example.text, f"its own video: number {row['rank']:g}", f"shown: numbers 1 to {len(best)}"]
+
+
+def probabilities(task, p):
+    """p (n, K) of a clip or a video -> a number for each option or answer: probabilities, or the count itself."""
+    if task.kind in ("match", "rank"):
+        return clipbert.match_score(p)
+    return p.flatten() if task.kind == "count" else p.flatten().softmax(0)
+
+
+def clip_weights(scores, how):
+    """Each clip's weight in G, dp / dp_i: 1/N in mean, 1 for the highest in max, softmax in lse. (N,) -> (N,)."""
+    with torch.enable_grad():
+        scores = scores.detach()[:, None].requires_grad_()
+        return torch.autograd.grad(clipbert.aggregate_clips(scores, how).sum(), scores)[0][:, 0]
 
 
 def print_next_steps(args):
