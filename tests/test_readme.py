@@ -26,7 +26,7 @@ def test_readme_names_what_exists(name):
 
 
 def test_readme_flags_exist():
-    files = [*ROOT.glob("*.py"), ROOT / "tests/ablations.py", ROOT / "tests/assignment.py"]
+    files = [*ROOT.glob("*.py"), *(ROOT / "tests" / f"{name}.py" for name in ("ablations", "assignment", "stress"))]
     scripts = "".join(path.read_text(encoding="utf-8") for path in files)
     known = set(re.findall(r'"(--\w+)"', scripts))
     others = {"upgrade", "help", "nproc_per_node"}  # of pip, argparse, torchrun
