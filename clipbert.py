@@ -54,6 +54,7 @@ from transformers.models.bert.modeling_bert import BertPreTrainingHeads
 # name -> (residual block, blocks in each stage res2..res5); "tiny" stops after res3, see GridFeatures.
 BACKBONES = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),  # lighter; not in the paper
     "tiny": (BasicBlock, (1, 1)),
 }
 
@@ -175,7 +176,7 @@ class GridFeatures(nn.Module):
         for stage in (r.layer1, r.layer2, r.layer3, r.layer4):
             for block in stage.children():
                 x = residual_block(x, block)
-        return self.grid_encoder(x).permute(0, 2, 3, 1)  # (F, 2048, L/32, L/32) -> (F, h, w, d)
+        return self.grid_encoder(x).permute(0, 2, 3, 1)  # (F, 2048 or 512, L/32, L/32) -> (F, h, w, d)
 
 
 def conv_norm(x, conv, norm):
@@ -579,6 +580,9 @@ def start_model(build, args, text_vocabulary, bert_vocabulary):
     state = load_checkpoint(args.init) if args.init else None
     if state and args.model == ("base" if "config" in state and config_from(state).backbone == "tiny" else "tiny"):
         raise ValueError(f"{args.init}: not a checkpoint of the {args.model} model; leave out --model {args.model}")
+    if state and args.backbone not in (None, config_from(state).backbone if "config" in state else "resnet50"):
+        raise ValueError(f"{args.init}: not a checkpoint on {args.backbone}; leave out --backbone {args.backbone}")
+    base = replace(ClipBertConfig.base(), backbone=args.backbone or "resnet50")
     if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
         model, vocabulary = build(config_from(state)), state["vocabulary"]
         print(f"{args.init}: {copy_weights(model, state['model'])}")
@@ -587,18 +591,18 @@ def start_model(build, args, text_vocabulary, bert_vocabulary):
         print(f"{args.init}: {load_official_checkpoint(model, state)}")
         vocabulary = bert_vocabulary()
     elif args.model == "base" and not args.scratch:
-        model = build(ClipBertConfig.base())
+        model = build(base)
         print(load_pretrained(model, args.resnet, args.bert))
         vocabulary = bert_vocabulary()
     else:
         vocabulary = text_vocabulary()
-        cfg = ClipBertConfig.base() if args.model == "base" else ClipBertConfig.tiny()
+        cfg = base if args.model == "base" else ClipBertConfig.tiny()
         model = build(replace(cfg, vocab_size=len(vocabulary), frozen_stages=0))  # random weights: nothing to protect
     return model, vocabulary
 
 
 def load_pretrained(model, resnet=None, bert=None):
-    """Start `base()` from ImageNet ResNet-50 and bert-base-uncased, as the paper does before its own pretraining.
+    """Start `base()` from an ImageNet ResNet and bert-base-uncased, as the paper does before its own pretraining.
 
     resnet: torchvision's state-dict file; bert: a folder with config.json and weights; None: the hub's. -> LoadReport.
     """
@@ -606,17 +610,20 @@ def load_pretrained(model, resnet=None, bert=None):
         if resnet:
             cnn = load_checkpoint(resnet)
         else:
-            cnn = torchvision.models.get_model("resnet50", weights="IMAGENET1K_V1").state_dict()
+            cnn = torchvision.models.get_model(model.cfg.backbone, weights="IMAGENET1K_V1").state_dict()
         language = BertModel.from_pretrained(bert or "bert-base-uncased", add_pooling_layer=True).state_dict()
     except Exception as error:  # the hub raises a dozen kinds of network errors; the remedy is one and the same
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(
             f"no starting weights ({reason}). Choose: "
-            "--resnet FILE (torchvision's resnet50-*.pth) and --bert DIR (a bert-base-uncased folder) where there is "
-            "no network; --init CKPT (a ClipBERT checkpoint); --scratch (random weights); --model tiny"
+            f"--resnet FILE (torchvision's {model.cfg.backbone}-*.pth) and --bert DIR (a bert-base-uncased folder) "
+            "where there is no network; --init CKPT (a ClipBERT checkpoint); --scratch (random weights); --model tiny"
         ) from error
     cnn = {f"cnn.resnet.{k}": v for k, v in cnn.items() if not k.startswith("fc.") and "num_batches" not in k}
-    return copy_weights(model, cnn | {f"bert.{k}": v for k, v in language.items()})
+    report = copy_weights(model, cnn | {f"bert.{k}": v for k, v in language.items()})
+    if any(name.startswith("cnn.") for name in report.mismatched + report.unexpected):
+        raise ValueError(f"{resnet}: not a {model.cfg.backbone}; give torchvision's {model.cfg.backbone}-*.pth")
+    return report
 
 
 @contextmanager
@@ -722,8 +729,9 @@ def add_flags(parser):
     add, numbers = parser.add_argument, parser.numbers
     # which model, and what it starts from
     add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
+    add("--backbone", choices=["resnet50", "resnet18"], help="base: the CNN (default: resnet50, the paper's)")
     add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
-    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's ResNet-50 weights (default: the hub's)")
+    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's weights of it (default: the hub's)")
     add("--bert", type=Path, metavar="DIR", help="base: a bert-base-uncased folder (default: the hub's)")
     add("--scratch", action="store_true", help="base: start from random weights")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
@@ -753,8 +761,9 @@ def check_flags(parser, args):
     """Flags that can't be meant together."""
     if sum(map(bool, (args.init, args.resume, args.eval))) > 1:
         parser.error("--init, --resume and --eval exclude each other; choose one")
-    if (args.resnet or args.scratch) and args.model != "base" or args.bert and not (args.init or args.model == "base"):
-        parser.error("--resnet, --bert and --scratch are for --model base; add that, or leave them out")
+    base = args.model == "base"
+    if not base and (args.backbone or args.resnet or args.scratch or args.bert and not args.init):
+        parser.error("--backbone, --resnet, --bert and --scratch are for --model base; add that, or leave them out")
 
 
 def override(settings, args, cfg):

@@ -46,6 +46,7 @@ def close(actual, expected, tolerance):
 # The smallest models that still have every part.
 TINY = replace(clipbert.ClipBertConfig.tiny(vocab_size=200), hidden_size=32, layers=2, intermediate_size=64)
 R50 = replace(clipbert.ClipBertConfig.base(), hidden_size=32, layers=1, heads=4, intermediate_size=64, vocab_size=100)
+R18 = replace(R50, backbone="resnet18")
 
 
 def tiny_model(num_outputs=7, cfg=TINY):
@@ -522,9 +523,9 @@ def test_pixels_uint8_and_float_are_the_same():
     assert torch.equal(model(frames, ids, mask), model(frames.float(), ids, mask))
 
 
-@pytest.mark.parametrize("cfg, size, cells", [(TINY, 64, 4), (R50, 128, 2)], ids=["tiny", "resnet50"])
+@pytest.mark.parametrize("cfg, size, cells", [(TINY, 64, 4), (R50, 128, 2), (R18, 128, 2)], ids=["tiny", "50", "18"])
 def test_pixels_to_grid_stride(cfg, size, cells):
-    """Stride 16 in the toy's backbone, 64 in the paper's."""
+    """Stride 16 in the toy's backbone, 64 in the paper's and its lighter stand-in."""
     grid = clipbert.ClipBert(cfg, 1).encode_frames(torch.zeros(2, 3, 3, size, 2 * size, dtype=torch.uint8))
     assert grid.shape == (2, 3, cells, 2 * cells, 32)
 
@@ -816,9 +817,9 @@ def test_checkpoint_that_is_missing_or_cut_short_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def resnet50_file(path):
+def resnet_file(path, backbone):
     """What torchvision publishes, with random statistics: a state dict with fc.* and num_batches_tracked."""
-    resnet = torchvision.models.resnet50()
+    resnet = torchvision.models.get_model(backbone)
     for name, value in resnet.state_dict().items():
         if ".running_" in name or ".bn" in name:
             value.copy_(torch.rand_like(value.float()) + 0.5)
@@ -826,13 +827,14 @@ def resnet50_file(path):
     return resnet.eval()
 
 
-def test_pretrained_local_files_fill_every_tensor_and_give_the_same_outputs(tmp_path):
+@pytest.mark.parametrize("cfg", [R50, R18], ids=["resnet50", "resnet18"])
+def test_pretrained_local_files_fill_every_tensor_and_give_the_same_outputs(cfg, tmp_path):
     """--resnet FILE --bert DIR: the CNN computes what torchvision's does, F_l and H hold BERT's own tensors."""
-    resnet = resnet50_file(tmp_path / "resnet50.pth")
-    bert = BertModel(clipbert.bert_config(R50)).eval()
+    resnet = resnet_file(tmp_path / "resnet.pth", cfg.backbone)
+    bert = BertModel(clipbert.bert_config(cfg)).eval()
     bert.save_pretrained(tmp_path / "bert")
-    model = clipbert.ClipBert(R50, 1).eval()
-    report = clipbert.load_pretrained(model, tmp_path / "resnet50.pth", tmp_path / "bert")
+    model = clipbert.ClipBert(cfg, 1).eval()
+    report = clipbert.load_pretrained(model, tmp_path / "resnet.pth", tmp_path / "bert")
     assert report.unexpected == report.mismatched == report.unused == []
     new = ("visual_embeddings.", "classifier.", "cnn.grid_encoder.")
     assert report.missing == [name for name in model.state_dict() if name.startswith(new)]
@@ -849,6 +851,24 @@ def test_pretrained_local_files_fill_every_tensor_and_give_the_same_outputs(tmp_
     model.encode_frames(frames)
     expected = resnet(model.cnn.normalize(frames[0])).view_as(seen[0])
     assert (seen[0] - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_pretrained_weights_of_another_resnet_are_refused(tmp_path):
+    BertModel(clipbert.bert_config(R18)).save_pretrained(tmp_path / "bert")
+    for backbone in ("resnet50", "resnet34"):  # of other shapes; of the same ones, but with more blocks
+        resnet_file(tmp_path / "other.pth", backbone)
+        with pytest.raises(ValueError, match="other.pth: not a resnet18; give torchvision's resnet18-"):
+            clipbert.load_pretrained(clipbert.ClipBert(R18, 1), tmp_path / "other.pth", tmp_path / "bert")
+
+
+def test_resnet18_is_the_lighter_one():
+    """11.2M of ResNet-18 instead of ResNet-50's 23.5M, and a grid encoder of 512 instead of 2048 channels."""
+    base = clipbert.ClipBertConfig.base()
+    full, light = (sum(p.numel() for p in clipbert.GridFeatures(cfg).parameters())
+                   for cfg in (base, replace(base, backbone="resnet18")))  # fmt: skip
+    norms = {"resnet50": 53_120, "resnet18": 9_600}  # torchvision's BatchNorm gains and biases: buffers here
+    assert full == 25_557_032 - 2048 * 1000 - 1000 - norms["resnet50"] + 9 * 2048 * 768
+    assert light == 11_689_512 - 512 * 1000 - 1000 - norms["resnet18"] + 9 * 512 * 768
 
 
 @pytest.mark.parametrize("message", ["Max retries exceeded\nand more", ""], ids=["message", "no-message"])

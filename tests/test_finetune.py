@@ -220,6 +220,18 @@ def test_missing_videos_are_counted_and_stop_the_run(toy, tmp_path, capsys):
     assert "12 of 12" in failing(capsys, tmp_path / "none", tmp_path / "out", "--allow_missing")
 
 
+def test_task_trains_on_a_lighter_backbone_and_its_checkpoint_remembers_it(toy, tmp_path, monkeypatch, capsys):
+    small = clipbert.ClipBertConfig(hidden_size=32, layers=1, heads=2, intermediate_size=32)
+    monkeypatch.setattr(clipbert.ClipBertConfig, "base", classmethod(lambda cls: small))
+    run(toy, tmp_path, "--model", "base", "--backbone", "resnet18", "--scratch", "--size", 64, "--max_steps", 1)
+    state = clipbert.load_checkpoint(tmp_path / "best.pt")
+    assert state["config"]["backbone"] == "resnet18" and "cnn.resnet.layer4.1.conv2.weight" in state["model"]
+    first = run(toy, tmp_path / "eval", "--eval", tmp_path / "best.pt")
+    assert first["by_clips"] == json.loads((tmp_path / "metrics.json").read_text())["by_clips"]
+    more = ("--init", tmp_path / "best.pt", "--model", "base", "--backbone", "resnet50")
+    assert "best.pt: not a checkpoint on resnet50; leave out --backbone" in failing(capsys, toy, tmp_path / "x", *more)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the public annotation samples are not here: {SHARED}")
 def test_missing_gifs_of_the_real_annotations_are_counted(tmp_path, capsys):
     line = failing(capsys, SHARED / "annotations" / "tgif_qa", tmp_path)
