@@ -687,6 +687,25 @@ def sample_clips(
     return torch.tensor([[min(math.ceil(s) + o, num_frames - 1) for o in offsets] for s in starts])
 
 
+def select_clips(read, num_frames, fps, n_clips, n_frames, target_fps, candidates=4):
+    """Clips for testing by their content, of which the paper speaks as future work: those that differ most.
+
+    Among `candidates` times as many uniform clips, start with the middle one, then take again and again the one that is
+    farthest from all taken so far (farthest-point sampling). -> int64 (n_clips, n_frames), in order of time.
+    Distance is that of the clips' first frames as small grey pictures. Costs the decoding of all candidates' first
+    frames, read(indices) -> uint8 (len, 3, H, W); the model still sees only n_clips.
+    """
+    clips = sample_clips(num_frames, fps, candidates * n_clips, n_frames, target_fps, False)  # (M, T)
+    small = F.interpolate(read(clips[:, 0].tolist()), (16, 16), mode="bilinear", antialias=True)
+    grey = small.float().mean(1).flatten(1)  # (M, 256)
+    taken, nearest = [len(clips) // 2], torch.full((len(clips),), torch.inf)  # each one's distance to those taken
+    while len(taken) < n_clips:
+        nearest = nearest.minimum((grey - grey[taken[-1]]).norm(dim=1))
+        nearest[taken] = -1  # never twice, though all may look alike
+        taken.append(nearest.argmax().item())
+    return clips[sorted(taken)]
+
+
 # -------------------------------------------------- which pixels
 def resized_shape(height, width, size):
     """(h, w) with the long side equal to `size`; the short side is truncated, never below one pixel."""
@@ -957,16 +976,21 @@ def read_frames(path, indices, size):
     return frames[[wanted.index(i) for i in indices]].contiguous()
 
 
-def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False):
+def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False, select="uniform"):
     """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError.
 
     cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the same.
+    select: "uniform", or, in testing, "difference": see `select_clips`.
     """
     kept = cache and open_cached(path, size)
     num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
-    indices = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator).flatten().tolist()
-    frames = read_cached(path, kept, indices, size) if kept else read_frames(path, indices, size)
-    return frames.view(n_clips, n_frames, 3, size, size)
+    read = functools.partial(read_cached, path, kept) if kept else functools.partial(read_frames, path)
+    read = functools.partial(read, size=size)
+    if select == "difference" and not train:
+        clips = select_clips(read, num_frames, fps, n_clips, n_frames, target_fps)
+    else:
+        clips = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
+    return read(clips.flatten().tolist()).view(n_clips, n_frames, 3, size, size)
 
 
 # -------------------------------------------------- the cache: a few frames a second of each video, as small JPEGs
@@ -1111,10 +1135,11 @@ class ClipDataset(torch.utils.data.Dataset):
     with any number of workers, stopped and resumed or not, see the same frames.
     """
 
-    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False):
+    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False,
+                 select="uniform"):  # fmt: skip
         self.examples, self.folder = examples, folder
         self.sampling, self.shape = (n_clips, n_frames, fps, size, train), (n_clips, n_frames, 3, size, size)
-        self.train, self.seed, self.blind, self.cache = train, seed, blind, cache
+        self.train, self.seed, self.blind, self.cache, self.select = train, seed, blind, cache, select
 
     def __len__(self):
         return len(self.examples)
@@ -1144,7 +1169,7 @@ class ClipDataset(torch.utils.data.Dataset):
         path = find_media(self.folder, example.video)
         if path is None:
             raise DataError(f"{example.video}: no such video under {self.folder}")
-        frames = read_clips(path, *self.sampling, generator, self.cache)
+        frames = read_clips(path, *self.sampling, generator, self.cache, self.select)
         return torch.zeros_like(frames) if self.blind else frames
 
 

@@ -14,6 +14,7 @@ it, previous.pt, best.pt, predictions.jsonl, metrics.json and sheet.png (some of
 nonfinite.pt, if the loss stopped being a number.
 """
 
+import functools
 import json
 import math
 import sys
@@ -77,7 +78,7 @@ TASKS = {
     # Five captions, scored by a retrieval model: train (or --eval) one; only the test file is this task's own.
     "msrvtt_mc": Task("MSRVTT multiple choice", "match", 2, **RETRIEVAL),
     "vqa": Task("VQA v2", "soft", size=768, batch_size=32, grad_accum=1, epochs=5, clip_grad=2.0, test_clips=(1,),
-                tiny={"lr": 5e-4, "max_steps": 1500}),
+                tiny={"lr": 5e-4, "max_steps": 2400}),
 }  # fmt: skip
 # How a task's data is read stands in data.py, where `data.py check` needs it, too.
 TASKS = {name: task._replace(**{field: getattr(data.LAYOUTS[name], field)
@@ -113,6 +114,8 @@ def parse_arguments(arguments=None):
     parser.numbers("--train_clips", high=1000, help="N_train")
     add("--agg", choices=["mean", "max", "lse"], help="G: how clips become a video")
     parser.numbers("--test_clips", high=1000, nargs="+", help="N_test: evaluate at each of these")
+    add("--select", choices=["uniform", "difference"], default="uniform", help="in testing: clips at equal distances, "
+        "or those that differ most out of four times as many")  # fmt: skip
     parser.numbers("--rerank", nargs="+", metavar="K", help="retrieval: score all pairs on one clip, then only each "
                    "caption's best K on all; several K: side by side; as many K as videos: all pairs")  # fmt: skip
     add("--rank_loss", action="store_true", help="retrieval: a margin between captions, not cross entropy")
@@ -204,13 +207,14 @@ class Run(NamedTuple):
     seed: int
     blind: bool
     cache: bool = False
+    select: str = "uniform"
 
     def loader(self, examples, n_clips, train, batches):
         s = self.settings
         pairs = train and self.task.kind in ("match", "rank")  # a right and a wrong caption for each video
         dataset = (data.MatchDataset if pairs else data.ClipDataset)(
             examples, self.folder, n_clips=n_clips, n_frames=s["frames"], fps=s["fps"], size=s["size"],
-            train=train, seed=self.seed, blind=self.blind, cache=self.cache,
+            train=train, seed=self.seed, blind=self.blind, cache=self.cache, select=self.select,
         )  # fmt: skip
         collate = data.Collator(self.tokenizer, s["text_length"], self.answers)
         return data.data_loader(dataset, batches, collate, self.device.workers, self.device.name == "cuda")
@@ -462,14 +466,14 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
     """Write metrics.json and predictions.jsonl; print the table."""
     metrics = {
         "task": args.task, "data": str(args.data or "toy"), "split": args.split, "examples": len(predictions),
-        "chance": round(chance, 4), "seconds": round(seconds, 1), "blind": args.blind, "unreadable": len(errors),
-        "by_clips": by_clips,
+        "chance": round(chance, 4), "seconds": round(seconds, 1), "blind": args.blind, "select": run.select,
+        "unreadable": len(errors), "by_clips": by_clips,
     }  # fmt: skip
     clipbert.write_text(args.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     clipbert.write_text(args.out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
     where = "toy" if not args.data else args.data
     print(f"\n{run.task.title}, {where} data, {len(predictions):,} {args.split} examples, "
-          f"G = {run.settings['agg']}{', blind' if args.blind else ''}")  # fmt: skip
+          f"G = {run.settings['agg']}, {run.select} clips{', blind' if args.blind else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
         by_clips = {f"{n} {way}": row for n, both in by_clips.items() for way, row in both.items()}
     names, wide = list(next(iter(by_clips.values()))), max(18, *(len(n) + 2 for n in by_clips))
@@ -538,7 +542,7 @@ def prepare(args, state):
     settings = settings_for(args, model.cfg, state and state["settings"])
     tokenizer = data.build_tokenizer(vocabulary)
     device = clipbert.choose_device(args)
-    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind, args.cache)
+    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind, args.cache, args.select)
     if args.cache:
         data.check_cached(folder, examples + test, settings["size"])
     return run, model, vocabulary, examples, test
@@ -575,7 +579,8 @@ def load_for_use(args):
     task, device = task_row(args, state), clipbert.choose_device(args)
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data(task.toy) / task.toy)
-    run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind, args.cache)
+    run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind, args.cache,
+              args.select)  # fmt: skip
     return run, device.place(model)
 
 
@@ -600,7 +605,10 @@ def run_prediction(args):
         raise ValueError(f"--task {args.task}: multiple choice, and only that, takes --options A B ...")
     s, n = run.settings, max(run.settings["test_clips"])
     example = data.Example(id="0", video=args.predict.name, text=args.question, options=tuple(args.options), answer=0)
-    frames = data.read_clips(args.predict, n, s["frames"], s["fps"], s["size"], False, None)
+    media, read = data.probe(args.predict), functools.partial(data.read_frames, args.predict, size=s["size"])
+    wanted = media.num_frames, media.fps, n, s["frames"], s["fps"]
+    clips = data.select_clips(read, *wanted) if args.select == "difference" else data.sample_clips(*wanted, False)
+    frames = read(clips.flatten().tolist()).unflatten(0, clips.shape)
     item = {"example": example, "frames": frames, "unreadable": [], "index": 0}
     seen = look(run, model, data.Collator(run.tokenizer, s["text_length"])([item]))
     print(f"{args.predict.name}, {n} clips of {s['frames']} frames: {args.question}")
@@ -608,8 +616,6 @@ def run_prediction(args):
         score = seen.ranking[i].item()
         print(f"  {score:.2f}" if run.task.kind == "count" else f"  {score:6.1%}  {seen.names[i]}")
     if args.sheet:
-        media = data.probe(args.predict)
-        clips = data.sample_clips(media.num_frames, media.fps, n, s["frames"], s["fps"], False)
         data.attention_sheet(args.predict, clips, s["frames"] / s["fps"], s["agg"], seen, args.words).save(args.sheet)
 
 

@@ -108,6 +108,7 @@ WRONG = [  # command, words of its one line
     (EVAL + " --task tgif_qa_frameqa", "best.pt: a checkpoint of --task tgif_qa_action, not tgif_qa_frameqa"),
     (EVAL + " --predict {toy}/gifs/toy_test_0000.gif", "--predict VIDEO needs --eval CKPT and --question TEXT"),
     (EVAL + " --question 'what ?'", "--predict VIDEO needs --eval CKPT and --question TEXT"),
+    (EVAL + " --select motion", "--select invalid choice: 'motion' difference"),
     (EVAL + " --sheet a.png", "--sheet --predict VIDEO give what is missing"),
     (EVAL + " --predict x.gif --question q --options a b --words", "--words give what is missing"),
     (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet a.nonsense", "nonsense"),

@@ -142,3 +142,11 @@ def test_retrieval_shows_a_captions_best_videos(tmp_path, monkeypatch):
     right, wrong = columns
     assert 4 <= len(right) + len(wrong) <= 8 and all(len(pictures) == 3 for pictures, _ in right + wrong)
     assert all("number 1" in lines[1] for _, lines in right) and not any(lines[1][-1] == "1" for _, lines in wrong)
+
+
+def test_the_sheet_of_selected_clips_shows_those(toy, tmp_path):
+    args = predict(toy, "--test_clips", 2, "--select", "difference", "--sheet", tmp_path / "a.png")
+    sheet = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    for frame in data.read_clips(args.predict, 2, 1, 1.0, 64, False, select="difference")[:, 0]:
+        expected = np.asarray(data.picture(frame, 180))
+        assert any(np.array_equal(sheet[y : y + 180, 130:310], expected) for y in range(150, 500))
