@@ -473,7 +473,8 @@ def report(run, args, by_clips, predictions, errors, chance, seconds):
     clipbert.write_text(args.out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
     where = "toy" if not args.data else args.data
     print(f"\n{run.task.title}, {where} data, {len(predictions):,} {args.split} examples, "
-          f"G = {run.settings['agg']}, {run.select} clips{', blind' if args.blind else ''}")  # fmt: skip
+          f"G = {run.settings['agg']}{', blind' if args.blind else ''}"
+          f"{', clips by difference' if run.select != 'uniform' else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
         by_clips = {f"{n} {way}": row for n, both in by_clips.items() for way, row in both.items()}
     names, wide = list(next(iter(by_clips.values()))), max(18, *(len(n) + 2 for n in by_clips))
