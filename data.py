@@ -8,8 +8,8 @@ In the order in which data flows:
     examples          ->  batches                                        `ClipDataset`, `Collator`
     captioned images  ->  batches with wrong captions, masked words      `CaptionDataset`, `CaptionCollator`
 
-Beside it: the toy data (`toy_data`), a picture of what the model sees (`contact_sheet`), and the search for what is
-wrong with a data set (`check`).
+Beside it: the toy data (`toy_data`), pictures of what the model sees and looks at (`contact_sheet`, `attention_sheet`),
+and the search for what is wrong with a data set (`check`).
 
     python data.py toy DIR                      write the toy data to DIR
     python data.py check --task T --data DIR    what is missing, broken, doubled, cut: before hours are spent on it

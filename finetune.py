@@ -263,7 +263,7 @@ def train(run, model, training, examples, validate):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation (paper, section 4: N_test uniform clips, aggregated as in training)
+# Evaluation (paper, section 4: N_test uniform clips, aggregated as in training; --select: others)
 
 
 @torch.no_grad()
@@ -610,7 +610,7 @@ def run_prediction(args):
     wanted = media.num_frames, media.fps, n, s["frames"], s["fps"]
     clips = data.select_clips(read, *wanted) if args.select == "difference" else data.sample_clips(*wanted, False)
     frames = read(clips.flatten().tolist()).unflatten(0, clips.shape)
-    item = {"example": example, "frames": frames, "unreadable": [], "index": 0}
+    item = {"example": example, "frames": frames, "unreadable": []}
     seen = look(run, model, data.Collator(run.tokenizer, s["text_length"])([item]))
     print(f"{args.predict.name}, {n} clips of {s['frames']} frames: {args.question}")
     for i in data.best_first(seen.ranking):
