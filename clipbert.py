@@ -15,8 +15,7 @@ Read this file beside section 3 of the paper, top to bottom:
 
 B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K scores.
 
-Behind the losses the paper's part ends; what follows serves both scripts: the optimizer and its learning rate, weights
-and checkpoints, and all that surrounds a training loop (flags, GPUs, the log, how a run stops and goes on, errors).
+The optimizer and its learning rate follow. There, at a line of #, the paper's part ends; the rest serves both scripts.
 """
 
 import errno
@@ -496,6 +495,12 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
     if step < warmup:
         return peak * (step / warmup) or 1e-8
     return peak * (max(total_steps - step, 0) / max(total_steps - warmup, 1)) or 1e-8
+
+
+########################################################################################################################
+# Here the paper's part ends. What follows serves both scripts: weights and checkpoints, and all that surrounds a
+# training loop (flags, several GPUs, the log, how a run stops and goes on, errors).
+########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------

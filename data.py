@@ -1,15 +1,19 @@
 """Videos and images to clips, text to tokens, public annotation files to examples, and the toy data.
 
-In the order in which data flows:
+The first part is the paper's, and all that most readers need:
 
-    annotation files  ->  Example(video, text, options, answer)          `read_tgif_qa` and its like; `LAYOUTS`
-    videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips` (paper, section 3)
+    videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips` (section 3)
     text              ->  WordPiece ids, (n, Lt)                         `build_tokenizer`
     examples          ->  batches                                        `ClipDataset`, `Collator`
-    captioned images  ->  batches with wrong captions, masked words      `CaptionDataset`, `CaptionCollator`
+    captioned images  ->  batches with wrong captions, masked words      `CaptionDataset`, `mask_tokens` (section 3)
 
-Beside it: the toy data (`toy_data`), pictures of what the model sees and looks at (`contact_sheet`, `attention_sheet`),
-and the search for what is wrong with a data set (`check`).
+The second part knows files:
+
+    videos, images    ->  frames, also from a cache                      `probe`, `read_frames`, `write_cache`
+    annotation files  ->  Example(video, text, options, answer)          `read_tgif_qa` and its like; `LAYOUTS`
+    nothing           ->  the toy data, in the same layouts              `toy_data`
+    clips, attention  ->  pictures of what the model sees                `contact_sheet`, `attention_sheet`
+    a data set        ->  what is wrong with it                          `check`
 
     python data.py toy DIR                      write the toy data to DIR
     python data.py check --task T --data DIR    what is missing, broken, doubled, cut: before hours are spent on it
@@ -57,7 +61,6 @@ from transformers.utils import cached_file
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS, below, is stricter
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's workers are parallel enough
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-TOY_VERSION = 4  # of the toy data: a new number rewrites it
 
 
 class DataError(ValueError):
@@ -66,6 +69,780 @@ class DataError(ValueError):
 
 class NoAnnotations(DataError):
     """A split that has no annotation file."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Videos to clips (paper, section 3: sparse sampling)
+
+# -------------------------------------------------- which frames
+def sample_clips(
+    num_frames: int, fps: float, n_clips: int, n_frames: int, target_fps: float, train: bool,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Sparse sampling: choose n_clips short clips of n_frames frames; returns int64 (n_clips, n_frames) frame indices.
+
+    A clip spans n_frames / target_fps seconds and its frames include both of its ends: at 30 fps, two frames "at 2 fps"
+    are 29 frames apart. Training places every clip at random; testing places them at equal distances from the start.
+    - one test clip sits in the middle, as in the paper; the reference code takes the start of the video.
+    - a clip longer than the video repeats the last frame (as the reference does).
+    """
+    clip = n_frames / target_fps * fps  # frames that a clip spans
+    delta = max(num_frames - clip, 0.0)  # free range of a clip's start
+    if train:
+        starts = (delta * torch.rand(n_clips, generator=generator, dtype=torch.float64)).tolist()
+    elif n_clips == 1:
+        starts = [delta / 2]
+    else:
+        starts = [delta * i / n_clips for i in range(n_clips)]
+    span = max(clip - 1, 0.0)  # from the first to the last frame of a clip
+    offsets = [int(span * t / max(n_frames - 1, 1)) for t in range(n_frames)]
+    return torch.tensor([[min(math.ceil(s) + o, num_frames - 1) for o in offsets] for s in starts])
+
+
+def select_clips(read, num_frames, fps, n_clips, n_frames, target_fps, candidates=4):
+    """Clips for testing by their content, of which the paper speaks as future work: those that differ most.
+
+    Among `candidates` times as many uniform clips, start with the middle one, then take again and again the one that is
+    farthest from all taken so far (farthest-point sampling). -> int64 (n_clips, n_frames), in order of time.
+    Distance is that of the clips' first frames as small grey pictures. Costs the decoding of all candidates' first
+    frames, read(indices) -> uint8 (len, 3, H, W); the model still sees only n_clips.
+    """
+    clips = sample_clips(num_frames, fps, candidates * n_clips, n_frames, target_fps, False)  # (M, T)
+    small = F.interpolate(read(clips[:, 0].tolist()), (16, 16), mode="bilinear", antialias=True)
+    grey = small.float().mean(1).flatten(1)  # (M, 256)
+    taken, nearest = [len(clips) // 2], torch.full((len(clips),), torch.inf)  # each one's distance to those taken
+    while len(taken) < n_clips:
+        nearest = nearest.minimum((grey - grey[taken[-1]]).norm(dim=1))
+        nearest[taken] = -1  # never twice, though all may look alike
+        taken.append(nearest.argmax().item())
+    return clips[sorted(taken)]
+
+
+# -------------------------------------------------- which pixels
+def resized_shape(height, width, size):
+    """(h, w) with the long side equal to `size`; the short side is truncated, never below one pixel."""
+    long = max(height, width)
+    return max(int(height * size / long), 1), max(int(width * size / long), 1)
+
+
+def resize_and_pad(frames, size):
+    """(..., 3, H, W) -> (..., 3, size, size): long side to `size` (small frames grow too), zeros right and bottom.
+
+    Float in, float out: the reference's numbers (bilinear, no antialiasing). uint8 in, uint8 out: the same, rounded.
+    """
+    *lead, C, H, W = frames.shape  # any leading axes, channels, height, width
+    h, w = resized_shape(H, W, size)
+    pixels = frames.reshape(-1, C, H, W)
+    if (h, w) != (H, W):
+        real = pixels if frames.is_floating_point() else pixels.float()
+        real = F.interpolate(real, size=(h, w), mode="bilinear", align_corners=False)
+        pixels = real if frames.is_floating_point() else real.round().to(frames.dtype)
+    return F.pad(pixels, (0, size - w, 0, size - h)).reshape(*lead, C, size, size)
+
+
+# -------------------------------------------------- a file's clips: its frames come from `read_frames`, far below
+def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False, select="uniform"):
+    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError.
+
+    cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the same.
+    select: "uniform", or, in testing, "difference": see `select_clips`.
+    """
+    kept = cache and open_cached(path, size)
+    num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
+    read = functools.partial(read_cached, path, kept) if kept else functools.partial(read_frames, path)
+    read = functools.partial(read, size=size)
+    if select == "difference" and not train:
+        clips = select_clips(read, num_frames, fps, n_clips, n_frames, target_fps)
+    else:
+        clips = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
+    return read(clips.flatten().tolist()).view(n_clips, n_frames, 3, size, size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text to tokens (paper, section 3: F_l): WordPiece
+
+
+def build_tokenizer(vocabulary):
+    """A lower-casing WordPiece tokenizer over a list of tokens; the position in the list is the id."""
+    return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
+
+
+def read_vocabulary(folder=None, offline=False):
+    """The 30,522 tokens of bert-base-uncased: vocab.txt of a local folder, or, with None, the hub's.
+
+    offline: only a copy of the hub's that an earlier run has left on this machine.
+    """
+    try:
+        hub = functools.partial(cached_file, "bert-base-uncased", "vocab.txt", local_files_only=offline)
+        path = Path(folder) / "vocab.txt" if folder else hub()
+        vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        reason = str(error).splitlines()[0][:150]
+        raise DataError(f"no vocabulary ({reason}): give --bert DIR, a folder with BERT's vocab.txt") from None
+    if missing := set(SPECIAL_TOKENS) - set(vocabulary):
+        raise DataError(f"{path}: {', '.join(sorted(missing))} missing; this is not a BERT vocabulary")
+    return vocabulary
+
+
+def vocabulary_from_text(texts, size=10_000):
+    """A vocabulary without any download: BERT's special tokens, single characters, then the most frequent words.
+
+    With every character as a first piece ("a") and as a continuation ("##a"), WordPiece can spell any new word.
+    """
+    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    characters = sorted({c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789"))
+    common = sorted((w for w in words if len(w) > 1), key=lambda w: (-words[w], w))
+    return SPECIAL_TOKENS + characters + ["##" + c for c in characters] + common[:size]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples to batches
+
+
+class Example(NamedTuple):
+    """One row of an annotation file: a video (or image), its text, the answer."""
+    id: str  # as the file has it, else its place there; only for a reader of predictions, and perhaps not unique
+    video: str  # name as the annotation gives it, resolved later by find_media()
+    text: str  # question or caption; "" in MSRVTT-MC, where the options are the captions
+    options: tuple = ()  # answer options of multiple choice
+    answer: object = None  # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
+    kind: str = ""  # FrameQA/VQA question type, for per-type accuracies
+    people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Examples with their sampled clips. Items are asked for as (epoch, index): see `training_order`.
+
+    The random clips of an item depend on (seed, epoch, index) alone, not on which worker reads it or when: two runs,
+    with any number of workers, stopped and resumed or not, see the same frames.
+    """
+
+    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False,
+                 select="uniform"):  # fmt: skip
+        self.examples, self.folder = examples, folder
+        self.sampling, self.shape = (n_clips, n_frames, fps, size, train), (n_clips, n_frames, 3, size, size)
+        self.train, self.seed, self.blind, self.cache, self.select = train, seed, blind, cache, select
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, key):
+        generator, unreadable, index = self.generator(key), [], key[1]
+        for attempt in range(20):  # an unreadable video is replaced by the next example in training ...
+            example = self.examples[(index + attempt) % len(self)]
+            try:
+                frames = self.read(example, generator)
+                break
+            except DataError as error:
+                unreadable.append(str(error))
+                if not self.train:  # ... and answered blindly, that is, counted as wrong, in evaluation
+                    frames = torch.zeros(self.shape, dtype=torch.uint8)
+                    break
+        else:
+            raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
+        return {"example": example, "frames": frames, "unreadable": unreadable}
+
+    def generator(self, key, stream=0):
+        """Of what is random about an item. stream 1, for captions and masks: other numbers than chose its clips."""
+        epoch, index = key
+        return torch.Generator().manual_seed(self.seed + stream + 1_000_003 * (epoch * len(self) + index))
+
+    def read(self, example, generator):
+        path = find_media(self.folder, example.video)
+        if path is None:
+            raise DataError(f"{example.video}: no such video under {self.folder}")
+        frames = read_clips(path, *self.sampling, generator, self.cache, self.select)
+        return torch.zeros_like(frames) if self.blind else frames
+
+
+def training_order(n_examples, batch_size, n_batches, seed, start=0):
+    """Yield batch number start, start + 1, ..., n_batches - 1, as lists of (epoch, index): shuffled anew each epoch.
+
+    Known in advance from the seed, so a resumed run goes on with the very batch that the stopped one would have seen.
+    The last, smaller batch of an epoch is kept.
+    """
+    per_epoch = -(-n_examples // batch_size)
+    for number in range(start, n_batches):
+        epoch, i = divmod(number, per_epoch)
+        if number == start or i == 0:
+            order = torch.randperm(n_examples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        yield [(epoch, j) for j in order[i * batch_size : (i + 1) * batch_size]]
+
+
+class Collator:
+    """A list of items to tensors. n texts per example: 1; in multiple choice, its options; of a MatchDataset, 2.
+
+    frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target (B,), with soft scores
+    (B, K), of a MatchDataset (B*n,); and plain lists.
+    """
+
+    def __init__(self, tokenizer, text_length, answers=None):
+        self.tokenizer, self.text_length = tokenizer, text_length
+        self.labels = {answer: i for i, answer in enumerate(answers or [])}
+
+    def __call__(self, items):
+        examples = [item["example"] for item in items]
+        tokens = self.tokenizer(
+            [text for item in items for text in item.get("captions") or input_texts(item["example"])],
+            padding=True, truncation=True, max_length=self.text_length, return_tensors="pt",
+        )  # fmt: skip
+        return {
+            "frames": torch.stack([item["frames"] for item in items]),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "target": torch.tensor([t for item in items for t in item.get("matches", [self.target(item["example"])])]),
+            "examples": examples,
+            "unreadable": [item["unreadable"] for item in items],
+        }
+
+    def target(self, example):
+        """What the loss wants: an option's index, an answer's label (-1: not in the list), all soft scores, a count."""
+        if isinstance(example.answer, dict):
+            return [float(example.answer.get(answer, 0)) for answer in self.labels]
+        return self.labels.get(example.answer, -1) if isinstance(example.answer, str) else example.answer or 0
+
+
+def input_texts(example):
+    """Multiple choice: "question option" as one sequence per option, as the reference; else the text alone."""
+    return [f"{example.text} {option}".strip() for option in example.options] or [example.text]
+
+
+def draw_mismatch(caption_of, count, own, generator):
+    """A random one of caption_of(0 .. count - 1) that is not among `own`; None if all seem to be."""
+    for _ in range(100):
+        caption = caption_of(torch.randint(count, (), generator=generator).item())
+        if caption.lower() not in own:
+            return caption
+    return None
+
+
+class MatchDataset(ClipDataset):
+    """Captioned videos for retrieval: with every video its caption and one of another video."""
+
+    def __init__(self, examples, folder, **sampling):
+        super().__init__(examples, folder, **sampling)
+        self.own = {}  # {video: everything said about it}: a caption of two videos is no negative for either
+        for example in examples:
+            self.own.setdefault(example.video, set()).add(example.text.lower())
+
+    def __getitem__(self, key):
+        item = super().__getitem__(key)
+        own = self.own[item["example"].video]
+        wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, self.generator(key, 1))
+        if wrong is None:
+            raise DataError(f"{self.folder}: every caption is said of every video; there is nothing to tell apart")
+        return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}  # its own first: see rank_loss
+
+
+def outlive_signals(worker):
+    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its step: its workers ignore
+    the one and outlive the other by ten seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+def data_loader(dataset, batches, collate, workers, pin_memory=False):
+    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
+        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
+    )  # fmt: skip
+
+
+# -------------------------------------------------- pretraining: captions, some of them wrong, with words masked
+class CaptionedImage(NamedTuple):
+    """An image (or a video) and everything that is said about it."""
+
+    video: str
+    captions: tuple
+
+
+def captioned_images(examples):
+    """One per image, in the order of the file; a caption that stands twice under an image counts once."""
+    captions = {}
+    for example in examples:
+        captions.setdefault(example.video, {})[example.text] = None
+    return [CaptionedImage(video, tuple(texts)) for video, texts in captions.items()]
+
+
+class CaptionDataset(ClipDataset):
+    """Captioned images: one clip, and some of the captions, each with probability 1/2 swapped for a wrong one.
+
+    All that is random here depends on (seed, epoch, index) alone, as the clips do: fixed masks in evaluation.
+    """
+
+    def __init__(self, images, folder, *, captions, **sampling):
+        super().__init__(images, folder, n_clips=1, **sampling)
+        self.captions = captions
+
+    def __getitem__(self, key):
+        item, generator = super().__getitem__(key), self.generator(key, 1)  # the collator goes on with it: the masks
+        texts, matches = self.draw_captions(item["example"], generator)
+        return item | {"captions": texts, "matches": matches, "generator": generator}
+
+    def draw_captions(self, image, generator):
+        """-> n captions (repeated if there are fewer) and n labels: 1 if it is the image's own, 0 if another's.
+
+        Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss of a coin: as
+        many right as wrong ones per image. Otherwise ITM begins by learning which pictures had luck with their coins.
+        """
+        order = torch.randperm(len(image.captions), generator=generator).tolist()
+        texts = [image.captions[order[i // 2 % len(order)]] for i in range(self.captions)]  # of two, one will stay
+        coin = torch.randint(2, (), generator=generator).item()
+        matches = [(i + coin) % 2 for i in range(self.captions)]
+        for i, match in enumerate(matches):
+            wrong = None if match else self.draw_mismatch(image, generator)
+            matches[i], texts[i] = (0, wrong) if wrong else (1, texts[i])
+        return texts, matches
+
+    def draw_mismatch(self, image, generator):
+        """A caption of another image; never one that is also said about this image."""
+        own = {caption.lower() for caption in image.captions}
+
+        def draw(i):
+            captions = self.examples[i].captions
+            return captions[torch.randint(len(captions), (), generator=generator)]
+
+        return draw_mismatch(draw, len(self), own, generator)
+
+
+class Mix(torch.utils.data.Dataset):
+    """Several data sets as one, whose items are asked for as (data set, epoch, index)."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __getitem__(self, key):
+        return self.parts[key[0]][key[1:]]
+
+
+def mixed_order(sizes, ratio, batch_size, n_batches, seed, start=0):
+    """`training_order` for a Mix: each batch comes from one data set, drawn in proportion to `ratio`."""
+    generator = torch.Generator().manual_seed(seed)
+    choices = torch.multinomial(torch.tensor(ratio).double(), n_batches, True, generator=generator).tolist()
+    orders = [training_order(size, batch_size, n_batches, seed, choices[:start].count(i))
+              for i, size in enumerate(sizes)]  # fmt: skip
+    for i in choices[start:]:
+        yield [(i, *key) for key in next(orders[i])]
+
+
+def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
+    """BERT's masking: of 15% of the words, 80% become [MASK], 10% a random token, and 10% stay what they are.
+
+    -> (input_ids with these changes, labels: the word at those 15%, -100 everywhere else). The random and the unchanged
+    ones are there because no text has a [MASK] after pretraining: any word may turn out to be the one to predict.
+    """
+    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))  # [CLS] [SEP] [PAD] [UNK]: never
+    chance = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 1.0)
+    tokens = torch.randint(len(tokenizer), input_ids.shape, generator=generator)
+    masked = torch.where(chance < 0.9 * rate, tokens, input_ids)
+    masked = masked.masked_fill(chance < 0.8 * rate, tokenizer.mask_token_id)
+    return masked, input_ids.masked_fill(chance >= rate, -100)
+
+
+class CaptionCollator(Collator):
+    """Captioned images to tensors, n captions per image one after the other, so that they share its CNN pass.
+
+    frames (B, 1, T, 3, L, L) uint8; input_ids, attention_mask, mlm_labels (B*n, Lt); itm_labels (B*n,), 1: a match.
+    """
+
+    def __init__(self, tokenizer, text_length, mask_rate=0.15):
+        super().__init__(tokenizer, text_length)
+        self.mask_rate = mask_rate
+
+    def __call__(self, items):
+        rows = []
+        for item in items:
+            tokens = self.tokenizer(item["captions"], truncation=True, max_length=self.text_length)
+            for ids in tokens["input_ids"]:
+                rows.append(mask_tokens(torch.tensor(ids), self.tokenizer, item["generator"], self.mask_rate))
+        ids, labels = zip(*rows, strict=True)  # (length of its text,) each
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return {
+            "frames": torch.stack([item["frames"] for item in items]),
+            "input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids]),
+            "mlm_labels": pad(labels, padding_value=-100),
+            "itm_labels": torch.tensor([match for item in items for match in item["matches"]]),
+            "unreadable": [item["unreadable"] for item in items],
+        }
+
+
+########################################################################################################################
+# Here the paper's part ends. What follows knows files: how frames come out of videos, what the public annotation
+# files look like, how the toy data are drawn, how pictures of it all are made, and what may be wrong with a data set.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files to frames: Pillow reads images and GIFs, the bundled ffmpeg everything else
+
+TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
+MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
+SEEK_COST = 10  # frames that are decoded in the time of one more seek (opening the file again, parsing its header)
+SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, which with B-frames is a few frames ahead of what is shown
+SEEKS = 16  # in one ffmpeg process: each needs a decoder of its own
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+# Only containers that hold their own pixels: playlists, concat scripts and image patterns could open other files.
+VIDEO_FORMATS = ("asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,"
+                 "rm,wav,yuv4mpegpipe")  # fmt: skip
+SEEKABLE = ("mov", "matroska")  # these carry an index; a seek in e.g. MPEG-TS may land after the frame we want
+TIMED = (*SEEKABLE, "avi")  # headers that tell the duration; elsewhere ffmpeg would guess it from the bit rate
+
+
+class Media(NamedTuple):
+    """What a file's header says."""
+
+    num_frames: int  # at the nominal rate: round(duration * fps), at least 1
+    fps: float  # nominal (average) rate; 1.0 for still images
+    width: int  # as displayed, rotation applied
+    height: int
+    start: float = 0.0  # seconds between the start of the file (perhaps its sound) and the first frame
+    reader: str = "pillow"  # or "ffmpeg"
+    keys: tuple = ()  # key frames, at which decoding can start; none for a container that seeks inexactly
+
+
+def _tolerance(fps):
+    """Seconds by which a frame may begin late and still count: containers round times to milliseconds."""
+    return min(0.002, 0.25 / fps)
+
+
+def _check_dimensions(path, width, height):
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise DataError(f"{path}: {width}x{height} pixels are too many; scale it down or remove it")
+
+
+# -------------------------------------------------- images and animations: Pillow
+def _image_frames(image, path):
+    """Yield (seconds at which the frame disappears, the image positioned at the frame), from the first frame on."""
+    end, count, deadline = 0, 0, time.monotonic() + TIME_LIMIT
+    while count == 0 or image.format in ("GIF", "PNG", "WEBP"):  # a second picture inside a JPEG is no animation
+        if time.monotonic() > deadline:
+            raise DataError(f"{path}: decoding takes over {TIME_LIMIT:.0f} s; shorten or remove it")
+        try:
+            image.seek(count)
+            image.load()
+        except Exception:  # the end, or damage, for which Pillow raises almost anything: keep what decoded so far
+            if count == 0:
+                raise
+            return
+        end += image.info.get("duration") or 100  # milliseconds; browsers, too, read a delay of 0 as 100
+        yield end / 1000, image
+        count += 1
+
+
+def _probe_image(image, path):
+    width, height = image.size
+    _check_dimensions(path, width, height)
+    ends = [end for end, _ in _image_frames(image, path)]  # decodes all: delays are only known frame by frame
+    if len(ends) > 1:
+        return Media(len(ends), len(ends) / ends[-1], width, height)
+    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+    return Media(1, 1.0, *((height, width) if turned else (width, height)))
+
+
+def _to_rgb(image):
+    """uint8 (3, H, W). Transparent areas become white: what most viewers, and ffmpeg for GIFs, show."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _read_image(path, media, wanted, size):
+    """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
+    frames = []
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        for end, frame in _image_frames(image, path):
+            if media.num_frames == 1:
+                frame = ImageOps.exif_transpose(frame)  # photos only: it would copy every frame of a GIF
+            while len(frames) < len(wanted) and wanted[len(frames)] / media.fps + _tolerance(media.fps) < end:
+                frames.append(resize_and_pad(_to_rgb(frame), size))
+            if len(frames) == len(wanted):
+                break  # a GIF must be decoded from its start, but not to its end
+    return torch.stack(frames)
+
+
+# -------------------------------------------------- videos: ffmpeg
+def _ffmpeg(path, arguments):
+    """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in the middle of it.
+    with subprocess.Popen(command, **pipes, process_group=0) as process:
+        timer = threading.Timer(TIME_LIMIT, process.kill)  # Popen.wait(timeout) would poll, up to 50 ms late
+        timer.start()
+        try:
+            output, log = process.communicate()
+        finally:
+            timer.cancel()
+            process.kill()  # after a normal end this does nothing
+    if process.returncode < 0:
+        raise DataError(f"{path}: ffmpeg was killed (over {TIME_LIMIT:.0f} s or out of memory); shorten or remove it")
+    return output, log.decode("utf-8", "replace")  # titles in old files are often not UTF-8
+
+
+def _input(path, *options):
+    # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an address.
+    threads = "1" if torch.utils.data.get_worker_info() else "2"  # several workers keep the cores busy as it is
+    return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels", str(MAX_PIXELS),
+            "-threads", threads, *options, "-i", "file:" + path]  # fmt: skip
+
+
+def _find(pattern, text):
+    match = re.search(pattern, text, re.MULTILINE)
+    return match and match[1]
+
+
+def _probe_video(path):
+    """Parse the header as ffmpeg prints it (no ffprobe is bundled) and list the key frames; about 25 ms.
+
+    The key frames come for nothing in MP4, whose header has them; a Matroska file is read, not decoded, to its end.
+    """
+    listing = ["-map", "0:V:0?", "-c", "copy", "-f", "framecrc", "pipe:1"]  # a line a packet
+    packets, log = _ffmpeg(path, ["-nostats", *_input(path, "-discard", "nokey"), *listing])
+    if "\nInput #0" not in "\n" + log:
+        reason = (log.strip().splitlines() or ["no reason given"])[-1]
+        raise DataError(f"{path}: not a readable image or video ({reason}); replace or remove it")
+    blocks = re.split(r"^(?=  Stream #)", log, flags=re.MULTILINE)  # a stream's line with the details below it
+    videos = [b for b in blocks if re.match(r"  Stream #0:.*?: Video: ", b) and "(attached pic)" not in b]
+    line = videos[0].splitlines()[0] if videos else ""  # the first one, as the reference; cover art is no video
+    pixels = re.search(r", (\d+)x(\d+)", line)
+    if not pixels:
+        raise DataError(f"{path}: no readable video stream inside; replace or remove it")
+    width, height = int(pixels[1]), int(pixels[2])
+    _check_dimensions(path, width, height)
+    if round(float(_find(r"Display Matrix: rotation of (-?[\d.]+)", videos[0]) or 0)) % 180 == 90:
+        width, height = height, width  # ffmpeg itself turns the frames when decoding
+    file_start = float(_find(r"^  Duration: .*start: (-?[\d.]+)", log) or 0)
+    start = max(float(_find(r", start (-?[\d.]+)", line) or 0) - file_start, 0.0)
+    clock = _find(r"^  Duration: (\d+:\d+:[\d.]+)", log)
+    duration = sum(float(x) * unit for x, unit in zip(clock.split(":"), (3600, 60, 1), strict=True)) if clock else 0.0
+    fps = float(_find(r", ([\d.]+) fps", line) or 0)
+    container = _find(r"^Input #0, (\w+)", log)
+    if fps % 1 and round(math.ceil(fps) * 1000 / 1001, 2) == fps:
+        fps = math.ceil(fps) * 1000 / 1001  # NTSC: "29.97" is 30000/1001, which matters after some minutes
+    absurd = duration * fps > os.path.getsize(path)  # a damaged header: more frames than bytes
+    if container not in TIMED or duration == 0 or not 0 < fps <= 1000 or absurd:
+        fps, duration = _count_packets(path, fps)
+    num_frames = max(round((duration - start) * fps), 1)
+    keys = _key_times(packets.decode()) if container in SEEKABLE else []
+    return Media(num_frames, fps, width, height, start, "ffmpeg", tuple(round((t - start) * fps) for t in keys))
+
+
+def _key_times(packets):
+    """Seconds at which key frames begin, from ffmpeg's list of packets: `stream, dts, pts, ...`, F=flags if no key."""
+    num, den = map(int, (_find(r"^#tb 0: (\d+/\d+)", packets) or "0/1").split("/"))
+    return sorted(int(pts) * num / den for pts in re.findall(r"^0, *-?\d+, *(-?\d+),(?!.*F=)", packets, re.MULTILINE))
+
+
+def _count_packets(path, fps):
+    """(fps, seconds) of a file whose header lacks one of them, by walking its packets without decoding."""
+    arguments = [*_input(path), "-map", "0:V:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
+    report = _ffmpeg(path, ["-v", "fatal", "-nostats", *arguments])[0].decode()
+    frames, microseconds = (int(_find(rf"(?s:.*)^{key}=(\d+)", report) or 0) for key in ("frame", "out_time_us"))
+    seconds = microseconds / 1e6  # both are running totals, of which the greedy pattern finds the last
+    if frames == 0:
+        raise DataError(f"{path}: the video stream is empty; replace or remove it")
+    if not 0 < fps <= 1000:
+        fps = min(frames / seconds, 1000.0) if seconds > 0 else 1.0
+    return fps, max(seconds, frames / fps)  # packets are timed by decoding order, up to two frames early
+
+
+def _read_video(path, media, wanted, size):
+    """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
+    segments = _plan(media, wanted)
+    parts = [_decode(path, media, segments[k : k + SEEKS], size) for k in range(0, len(segments), SEEKS)]
+    frames = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if len(frames) < len(wanted):  # a truncated file: seeking beyond its end finds nothing, one pass the last frame
+        frames = _decode(path, media, [(0, wanted)], size)
+    if len(frames) < len(wanted):
+        raise DataError(f"{path}: no frame could be decoded; replace or remove it")
+    return frames
+
+
+def _plan(media, wanted):
+    """[(index at which decoding starts, wanted indices)]: seek only where that spares more than it costs.
+
+    A seek lands on a key frame. Clips with none between them share one: the second would decode the first's frames
+    again. Short videos thus mostly need no seek at all, long ones about one a clip.
+    """
+    segments, decoded = [(0, [])], 0
+    for i in wanted:
+        origin = i - SEEK_LEAD
+        before = bisect.bisect(media.keys, origin - 0.14 * media.fps)  # ffmpeg itself steps back by 3/23 s
+        if before and media.keys[before - 1] > decoded + SEEK_COST:
+            segments.append((origin, []))
+        segments[-1][1].append(i)
+        decoded = i
+    return [segment for segment in segments if segment[1]]
+
+
+def _decode(path, media, segments, size):
+    """One ffmpeg process reads every segment, each through an input of its own: uint8 (n, 3, size, size).
+
+    The filters, in order: shift the clock so that the segment starts at 0; `fps` lays the frames on the regular grid
+    (slot n holds the last frame that began by n / fps; "up" means no frame is shown early); `tpad` repeats the last
+    frame where the file is shorter than its header says; `trim` ends the decoding, `select` keeps the wanted slots.
+    """
+    h, w = resized_shape(media.height, media.width, size)
+    late = round(1e6 * _tolerance(media.fps))
+    inputs, chains = [], []
+    for k, (origin, wanted) in enumerate(segments):
+        # Not "accurate": that would drop the frame that began before the seek time and is still on the screen.
+        seek = ["-noaccurate_seek", "-ss", f"{media.start + origin / media.fps:.6f}"] if origin else []
+        inputs += _input(path, *seek)
+        zero = "0" if origin else "STARTPTS"  # microseconds; B-frames delay the first frame of an AVI file
+        slots = [f"eq(n,{i - origin})" for i in wanted]
+        slots = "+".join(f"({'+'.join(slots[j : j + 50])})" for j in range(0, len(slots), 50))  # ffmpeg nests 100 deep
+        chains.append(
+            f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
+            f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
+            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black[v{k}]"
+        )
+    labels = "".join(f"[v{k}]" for k in range(len(segments)))
+    graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])
+    output = ["-filter_complex", graph, "-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
+    raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, *output])
+    planes = np.frombuffer(raw, np.uint8).reshape(-1, 3, size, size)  # whole planes, green first
+    return torch.from_numpy(planes[:, [2, 0, 1]])
+
+
+# -------------------------------------------------- either
+def probe(path):
+    """Facts of the file's header; remembered, as long as the file does not change. Raises DataError."""
+    path = os.path.abspath(path)
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file; check the path")
+    stat = os.stat(path)
+    if stat.st_size == 0:
+        raise DataError(f"{path}: the file is empty; download it again or remove it")
+    return _probe(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache  # a few hundred bytes per file
+def _probe(path, mtime, size):
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:  # decides by the first bytes, not by the name
+            return _probe_image(image, path)
+    except DataError:
+        raise
+    except Exception:  # noqa: BLE001 - no image, or one that Pillow can't decode; ffmpeg forgives some damaged GIFs
+        return _probe_video(path)
+
+
+def read_frames(path, indices, size):
+    """uint8 (len(indices), 3, size, size) RGB: what the file shows at indices / fps seconds, in any order.
+
+    Indices outside the video mean its first or last frame. Raises DataError.
+    - any aspect ratio is read; the reference skips videos whose sides differ by more than a factor of five.
+    - videos are resized by ffmpeg, which saves time but differs from `resize_and_pad` by about two grey levels.
+    """
+    media, path = probe(path), os.path.abspath(path)
+    indices = [min(max(int(i), 0), media.num_frames - 1) for i in indices]
+    wanted = sorted(set(indices))
+    if not wanted:
+        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+    read = _read_image if media.reader == "pillow" else _read_video
+    frames = read(path, media, wanted, size)
+    return frames[[wanted.index(i) for i in indices]].contiguous()
+
+
+# -------------------------------------------------- the cache: a few frames a second of each video, as small JPEGs
+def cached_file_of(path, size):
+    """videos/video7.mp4 -> videos/cached/video7.mp4.448: a line of JSON, then the JPEGs that it lists."""
+    return Path(path).parent / "cached" / f"{Path(path).name}.{size}"
+
+
+def open_cached(path, size):
+    """What the first line of a video's cached file says; None if it is not there or the video has changed since.
+
+    num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames a second kept. ends: of the JPEGs.
+    """
+    try:
+        with open(cached_file_of(path, size), "rb") as file:
+            kept, stat = json.loads(file.readline()), os.stat(path)
+            kept["begin"] = file.tell()
+        return kept if kept["source"] == [stat.st_mtime_ns, stat.st_size] else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{cached_file_of(path, size)}: damaged; remove it and write it again") from None
+
+
+def read_cached(path, kept, indices, size):
+    """uint8 (len(indices), 3, size, size): of the frames kept, those nearest to indices on the video's own grid."""
+    starts, frames = [0, *kept["ends"]], torch.zeros(len(indices), 3, size, size, dtype=torch.uint8)
+    with open(cached_file_of(path, size), "rb") as file:
+        for frame, i in zip(frames, indices, strict=True):
+            k = min(round(i / kept["fps"] * kept["rate"]), len(kept["ends"]) - 1)
+            file.seek(kept["begin"] + starts[k])
+            jpeg = io.BytesIO(file.read(starts[k + 1] - starts[k]))
+            try:
+                with Image.open(jpeg, formats=("JPEG",)) as image:
+                    frame[:, : image.height, : image.width] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            except (OSError, RuntimeError):
+                raise DataError(f"{file.name}: damaged; remove it and write it again") from None
+    return frames
+
+
+def write_cached(path, size, rate):
+    """Decode a video once and keep `rate` frames a second; -> (bytes written, what is wrong with the video or "").
+
+    Written under another name first: a file that is there is whole.
+    """
+    try:
+        media, stat, target = probe(path), os.stat(path), cached_file_of(path, size)
+        rate = min(rate, media.fps)
+        old = open_cached(path, size)
+        if old and old["rate"] == rate:
+            return 0, ""
+        count = max(math.ceil(media.num_frames / media.fps * rate), 1)
+        wanted = [round(k / rate * media.fps) for k in range(count)]
+        h, w = resized_shape(media.height, media.width, size)
+        jpegs, ends = io.BytesIO(), []
+        for k in range(0, count, 64):  # at 448 pixels 64 frames are 39 MB
+            for frame in read_frames(path, wanted[k : k + 64], size)[:, :, :h, :w].permute(0, 2, 3, 1).numpy():
+                Image.fromarray(frame).save(jpegs, "JPEG", quality=85)
+                ends.append(jpegs.tell())
+    except DataError as error:
+        return 0, str(error)
+    first = {"source": [stat.st_mtime_ns, stat.st_size], "num_frames": media.num_frames, "fps": media.fps,
+             "rate": rate, "ends": ends}  # fmt: skip
+    target.parent.mkdir(exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+    temporary.write_bytes(json.dumps(first).encode() + b"\n" + jpegs.getvalue())
+    os.replace(temporary, target)
+    return target.stat().st_size, ""
+
+
+def write_cache(folder, size, rate, workers):
+    """`write_cached` for all videos under `folder`, several at once."""
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
+    if not videos:
+        raise DataError(f"{folder}: no videos in it")
+    write = functools.partial(write_cached, size=size, rate=rate)
+    with multiprocessing.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        results = list(tqdm(pool.imap(write, videos), total=len(videos), unit=" videos"))
+    written, errors = [size for size, _ in results if size], [error for _, error in results if error]
+    print("".join(f"left out: {error}\n" for error in errors), end="", file=sys.stderr)
+    print(f"{folder}: {len(written):,} of {len(videos):,} videos written, {sum(written) / 1e6:,.1f} MB; "
+          f"{len(videos) - len(written) - len(errors):,} were there, {len(errors):,} cannot be read")
+
+
+def check_cached(folder, examples, size):
+    """Say how many of the examples' videos are cached; none is an error."""
+    paths = [find_media(folder, name, VIDEOS) for name in sorted({example.video for example in examples})]
+    paths = [path for path in paths if path]
+    count = sum(open_cached(path, size) is not None for path in paths)
+    remedy = f"python data.py cache --data {folder} --size {size}"
+    if not count:
+        raise DataError(f"{folder}: no video is cached at {size} pixels; write the cache first: {remedy}")
+    rest = f"; the other {len(paths) - count:,} will be decoded ({remedy} caches them)" if count < len(paths) else ""
+    print(f"cache: {count:,} of {len(paths):,} videos{rest}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,17 +856,6 @@ VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",  # where data sets keep media
           "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")
-
-
-class Example(NamedTuple):
-    """One row of an annotation file: a video (or image), its text, the answer."""
-    id: str  # as the file has it, else its place there; only for a reader of predictions, and perhaps not unique
-    video: str  # name as the annotation gives it, resolved later by find_media()
-    text: str  # question or caption; "" in MSRVTT-MC, where the options are the captions
-    options: tuple = ()  # answer options of multiple choice
-    answer: object = None  # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
-    kind: str = ""  # FrameQA/VQA question type, for per-type accuracies
-    people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
 
 
 # -------------------------------------------------- files to rows
@@ -635,765 +1401,13 @@ ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Videos to clips (paper, section 3: sparse sampling): Pillow reads images and GIFs, the bundled ffmpeg everything else
-
-TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
-MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
-SEEK_COST = 10  # frames that are decoded in the time of one more seek (opening the file again, parsing its header)
-SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, which with B-frames is a few frames ahead of what is shown
-SEEKS = 16  # in one ffmpeg process: each needs a decoder of its own
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-# Only containers that hold their own pixels: playlists, concat scripts and image patterns could open other files.
-VIDEO_FORMATS = ("asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,"
-                 "rm,wav,yuv4mpegpipe")  # fmt: skip
-SEEKABLE = ("mov", "matroska")  # these carry an index; a seek in e.g. MPEG-TS may land after the frame we want
-TIMED = (*SEEKABLE, "avi")  # headers that tell the duration; elsewhere ffmpeg would guess it from the bit rate
-
-
-class Media(NamedTuple):
-    """What a file's header says."""
-
-    num_frames: int  # at the nominal rate: round(duration * fps), at least 1
-    fps: float  # nominal (average) rate; 1.0 for still images
-    width: int  # as displayed, rotation applied
-    height: int
-    start: float = 0.0  # seconds between the start of the file (perhaps its sound) and the first frame
-    reader: str = "pillow"  # or "ffmpeg"
-    keys: tuple = ()  # key frames, at which decoding can start; none for a container that seeks inexactly
-
-
-# -------------------------------------------------- which frames
-def sample_clips(
-    num_frames: int, fps: float, n_clips: int, n_frames: int, target_fps: float, train: bool,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Sparse sampling: choose n_clips short clips of n_frames frames; returns int64 (n_clips, n_frames) frame indices.
-
-    A clip spans n_frames / target_fps seconds and its frames include both of its ends: at 30 fps, two frames "at 2 fps"
-    are 29 frames apart. Training places every clip at random; testing places them at equal distances from the start.
-    - one test clip sits in the middle, as in the paper; the reference code takes the start of the video.
-    - a clip longer than the video repeats the last frame (as the reference does).
-    """
-    clip = n_frames / target_fps * fps  # frames that a clip spans
-    delta = max(num_frames - clip, 0.0)  # free range of a clip's start
-    if train:
-        starts = (delta * torch.rand(n_clips, generator=generator, dtype=torch.float64)).tolist()
-    elif n_clips == 1:
-        starts = [delta / 2]
-    else:
-        starts = [delta * i / n_clips for i in range(n_clips)]
-    span = max(clip - 1, 0.0)  # from the first to the last frame of a clip
-    offsets = [int(span * t / max(n_frames - 1, 1)) for t in range(n_frames)]
-    return torch.tensor([[min(math.ceil(s) + o, num_frames - 1) for o in offsets] for s in starts])
-
-
-def select_clips(read, num_frames, fps, n_clips, n_frames, target_fps, candidates=4):
-    """Clips for testing by their content, of which the paper speaks as future work: those that differ most.
-
-    Among `candidates` times as many uniform clips, start with the middle one, then take again and again the one that is
-    farthest from all taken so far (farthest-point sampling). -> int64 (n_clips, n_frames), in order of time.
-    Distance is that of the clips' first frames as small grey pictures. Costs the decoding of all candidates' first
-    frames, read(indices) -> uint8 (len, 3, H, W); the model still sees only n_clips.
-    """
-    clips = sample_clips(num_frames, fps, candidates * n_clips, n_frames, target_fps, False)  # (M, T)
-    small = F.interpolate(read(clips[:, 0].tolist()), (16, 16), mode="bilinear", antialias=True)
-    grey = small.float().mean(1).flatten(1)  # (M, 256)
-    taken, nearest = [len(clips) // 2], torch.full((len(clips),), torch.inf)  # each one's distance to those taken
-    while len(taken) < n_clips:
-        nearest = nearest.minimum((grey - grey[taken[-1]]).norm(dim=1))
-        nearest[taken] = -1  # never twice, though all may look alike
-        taken.append(nearest.argmax().item())
-    return clips[sorted(taken)]
-
-
-# -------------------------------------------------- which pixels
-def resized_shape(height, width, size):
-    """(h, w) with the long side equal to `size`; the short side is truncated, never below one pixel."""
-    long = max(height, width)
-    return max(int(height * size / long), 1), max(int(width * size / long), 1)
-
-
-def resize_and_pad(frames, size):
-    """(..., 3, H, W) -> (..., 3, size, size): long side to `size` (small frames grow too), zeros right and bottom.
-
-    Float in, float out: the reference's numbers (bilinear, no antialiasing). uint8 in, uint8 out: the same, rounded.
-    """
-    *lead, C, H, W = frames.shape  # any leading axes, channels, height, width
-    h, w = resized_shape(H, W, size)
-    pixels = frames.reshape(-1, C, H, W)
-    if (h, w) != (H, W):
-        real = pixels if frames.is_floating_point() else pixels.float()
-        real = F.interpolate(real, size=(h, w), mode="bilinear", align_corners=False)
-        pixels = real if frames.is_floating_point() else real.round().to(frames.dtype)
-    return F.pad(pixels, (0, size - w, 0, size - h)).reshape(*lead, C, size, size)
-
-
-def _tolerance(fps):
-    """Seconds by which a frame may begin late and still count: containers round times to milliseconds."""
-    return min(0.002, 0.25 / fps)
-
-
-def _check_dimensions(path, width, height):
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise DataError(f"{path}: {width}x{height} pixels are too many; scale it down or remove it")
-
-
-# -------------------------------------------------- images and animations: Pillow
-def _image_frames(image, path):
-    """Yield (seconds at which the frame disappears, the image positioned at the frame), from the first frame on."""
-    end, count, deadline = 0, 0, time.monotonic() + TIME_LIMIT
-    while count == 0 or image.format in ("GIF", "PNG", "WEBP"):  # a second picture inside a JPEG is no animation
-        if time.monotonic() > deadline:
-            raise DataError(f"{path}: decoding takes over {TIME_LIMIT:.0f} s; shorten or remove it")
-        try:
-            image.seek(count)
-            image.load()
-        except Exception:  # the end, or damage, for which Pillow raises almost anything: keep what decoded so far
-            if count == 0:
-                raise
-            return
-        end += image.info.get("duration") or 100  # milliseconds; browsers, too, read a delay of 0 as 100
-        yield end / 1000, image
-        count += 1
-
-
-def _probe_image(image, path):
-    width, height = image.size
-    _check_dimensions(path, width, height)
-    ends = [end for end, _ in _image_frames(image, path)]  # decodes all: delays are only known frame by frame
-    if len(ends) > 1:
-        return Media(len(ends), len(ends) / ends[-1], width, height)
-    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-    return Media(1, 1.0, *((height, width) if turned else (width, height)))
-
-
-def _to_rgb(image):
-    """uint8 (3, H, W). Transparent areas become white: what most viewers, and ffmpeg for GIFs, show."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def _read_image(path, media, wanted, size):
-    """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
-    frames = []
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
-        for end, frame in _image_frames(image, path):
-            if media.num_frames == 1:
-                frame = ImageOps.exif_transpose(frame)  # photos only: it would copy every frame of a GIF
-            while len(frames) < len(wanted) and wanted[len(frames)] / media.fps + _tolerance(media.fps) < end:
-                frames.append(resize_and_pad(_to_rgb(frame), size))
-            if len(frames) == len(wanted):
-                break  # a GIF must be decoded from its start, but not to its end
-    return torch.stack(frames)
-
-
-# -------------------------------------------------- videos: ffmpeg
-def _ffmpeg(path, arguments):
-    """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # A process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in the middle of it.
-    with subprocess.Popen(command, **pipes, process_group=0) as process:
-        timer = threading.Timer(TIME_LIMIT, process.kill)  # Popen.wait(timeout) would poll, up to 50 ms late
-        timer.start()
-        try:
-            output, log = process.communicate()
-        finally:
-            timer.cancel()
-            process.kill()  # after a normal end this does nothing
-    if process.returncode < 0:
-        raise DataError(f"{path}: ffmpeg was killed (over {TIME_LIMIT:.0f} s or out of memory); shorten or remove it")
-    return output, log.decode("utf-8", "replace")  # titles in old files are often not UTF-8
-
-
-def _input(path, *options):
-    # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an address.
-    threads = "1" if torch.utils.data.get_worker_info() else "2"  # several workers keep the cores busy as it is
-    return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels", str(MAX_PIXELS),
-            "-threads", threads, *options, "-i", "file:" + path]  # fmt: skip
-
-
-def _find(pattern, text):
-    match = re.search(pattern, text, re.MULTILINE)
-    return match and match[1]
-
-
-def _probe_video(path):
-    """Parse the header as ffmpeg prints it (no ffprobe is bundled) and list the key frames; about 25 ms.
-
-    The key frames come for nothing in MP4, whose header has them; a Matroska file is read, not decoded, to its end.
-    """
-    listing = ["-map", "0:V:0?", "-c", "copy", "-f", "framecrc", "pipe:1"]  # a line a packet
-    packets, log = _ffmpeg(path, ["-nostats", *_input(path, "-discard", "nokey"), *listing])
-    if "\nInput #0" not in "\n" + log:
-        reason = (log.strip().splitlines() or ["no reason given"])[-1]
-        raise DataError(f"{path}: not a readable image or video ({reason}); replace or remove it")
-    blocks = re.split(r"^(?=  Stream #)", log, flags=re.MULTILINE)  # a stream's line with the details below it
-    videos = [b for b in blocks if re.match(r"  Stream #0:.*?: Video: ", b) and "(attached pic)" not in b]
-    line = videos[0].splitlines()[0] if videos else ""  # the first one, as the reference; cover art is no video
-    pixels = re.search(r", (\d+)x(\d+)", line)
-    if not pixels:
-        raise DataError(f"{path}: no readable video stream inside; replace or remove it")
-    width, height = int(pixels[1]), int(pixels[2])
-    _check_dimensions(path, width, height)
-    if round(float(_find(r"Display Matrix: rotation of (-?[\d.]+)", videos[0]) or 0)) % 180 == 90:
-        width, height = height, width  # ffmpeg itself turns the frames when decoding
-    file_start = float(_find(r"^  Duration: .*start: (-?[\d.]+)", log) or 0)
-    start = max(float(_find(r", start (-?[\d.]+)", line) or 0) - file_start, 0.0)
-    clock = _find(r"^  Duration: (\d+:\d+:[\d.]+)", log)
-    duration = sum(float(x) * unit for x, unit in zip(clock.split(":"), (3600, 60, 1), strict=True)) if clock else 0.0
-    fps = float(_find(r", ([\d.]+) fps", line) or 0)
-    container = _find(r"^Input #0, (\w+)", log)
-    if fps % 1 and round(math.ceil(fps) * 1000 / 1001, 2) == fps:
-        fps = math.ceil(fps) * 1000 / 1001  # NTSC: "29.97" is 30000/1001, which matters after some minutes
-    absurd = duration * fps > os.path.getsize(path)  # a damaged header: more frames than bytes
-    if container not in TIMED or duration == 0 or not 0 < fps <= 1000 or absurd:
-        fps, duration = _count_packets(path, fps)
-    num_frames = max(round((duration - start) * fps), 1)
-    keys = _key_times(packets.decode()) if container in SEEKABLE else []
-    return Media(num_frames, fps, width, height, start, "ffmpeg", tuple(round((t - start) * fps) for t in keys))
-
-
-def _key_times(packets):
-    """Seconds at which key frames begin, from ffmpeg's list of packets: `stream, dts, pts, ...`, F=flags if no key."""
-    num, den = map(int, (_find(r"^#tb 0: (\d+/\d+)", packets) or "0/1").split("/"))
-    return sorted(int(pts) * num / den for pts in re.findall(r"^0, *-?\d+, *(-?\d+),(?!.*F=)", packets, re.MULTILINE))
-
-
-def _count_packets(path, fps):
-    """(fps, seconds) of a file whose header lacks one of them, by walking its packets without decoding."""
-    arguments = [*_input(path), "-map", "0:V:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
-    report = _ffmpeg(path, ["-v", "fatal", "-nostats", *arguments])[0].decode()
-    frames, microseconds = (int(_find(rf"(?s:.*)^{key}=(\d+)", report) or 0) for key in ("frame", "out_time_us"))
-    seconds = microseconds / 1e6  # both are running totals, of which the greedy pattern finds the last
-    if frames == 0:
-        raise DataError(f"{path}: the video stream is empty; replace or remove it")
-    if not 0 < fps <= 1000:
-        fps = min(frames / seconds, 1000.0) if seconds > 0 else 1.0
-    return fps, max(seconds, frames / fps)  # packets are timed by decoding order, up to two frames early
-
-
-def _read_video(path, media, wanted, size):
-    """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
-    segments = _plan(media, wanted)
-    parts = [_decode(path, media, segments[k : k + SEEKS], size) for k in range(0, len(segments), SEEKS)]
-    frames = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if len(frames) < len(wanted):  # a truncated file: seeking beyond its end finds nothing, one pass the last frame
-        frames = _decode(path, media, [(0, wanted)], size)
-    if len(frames) < len(wanted):
-        raise DataError(f"{path}: no frame could be decoded; replace or remove it")
-    return frames
-
-
-def _plan(media, wanted):
-    """[(index at which decoding starts, wanted indices)]: seek only where that spares more than it costs.
-
-    A seek lands on a key frame. Clips with none between them share one: the second would decode the first's frames
-    again. Short videos thus mostly need no seek at all, long ones about one a clip.
-    """
-    segments, decoded = [(0, [])], 0
-    for i in wanted:
-        origin = i - SEEK_LEAD
-        before = bisect.bisect(media.keys, origin - 0.14 * media.fps)  # ffmpeg itself steps back by 3/23 s
-        if before and media.keys[before - 1] > decoded + SEEK_COST:
-            segments.append((origin, []))
-        segments[-1][1].append(i)
-        decoded = i
-    return [segment for segment in segments if segment[1]]
-
-
-def _decode(path, media, segments, size):
-    """One ffmpeg process reads every segment, each through an input of its own: uint8 (n, 3, size, size).
-
-    The filters, in order: shift the clock so that the segment starts at 0; `fps` lays the frames on the regular grid
-    (slot n holds the last frame that began by n / fps; "up" means no frame is shown early); `tpad` repeats the last
-    frame where the file is shorter than its header says; `trim` ends the decoding, `select` keeps the wanted slots.
-    """
-    h, w = resized_shape(media.height, media.width, size)
-    late = round(1e6 * _tolerance(media.fps))
-    inputs, chains = [], []
-    for k, (origin, wanted) in enumerate(segments):
-        # Not "accurate": that would drop the frame that began before the seek time and is still on the screen.
-        seek = ["-noaccurate_seek", "-ss", f"{media.start + origin / media.fps:.6f}"] if origin else []
-        inputs += _input(path, *seek)
-        zero = "0" if origin else "STARTPTS"  # microseconds; B-frames delay the first frame of an AVI file
-        slots = [f"eq(n,{i - origin})" for i in wanted]
-        slots = "+".join(f"({'+'.join(slots[j : j + 50])})" for j in range(0, len(slots), 50))  # ffmpeg nests 100 deep
-        chains.append(
-            f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
-            f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
-            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black[v{k}]"
-        )
-    labels = "".join(f"[v{k}]" for k in range(len(segments)))
-    graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])
-    output = ["-filter_complex", graph, "-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
-    raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, *output])
-    planes = np.frombuffer(raw, np.uint8).reshape(-1, 3, size, size)  # whole planes, green first
-    return torch.from_numpy(planes[:, [2, 0, 1]])
-
-
-# -------------------------------------------------- the three functions the data sets use
-def probe(path):
-    """Facts of the file's header; remembered, as long as the file does not change. Raises DataError."""
-    path = os.path.abspath(path)
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; check the path")
-    stat = os.stat(path)
-    if stat.st_size == 0:
-        raise DataError(f"{path}: the file is empty; download it again or remove it")
-    return _probe(path, stat.st_mtime_ns, stat.st_size)
-
-
-@cache  # a few hundred bytes per file
-def _probe(path, mtime, size):
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:  # decides by the first bytes, not by the name
-            return _probe_image(image, path)
-    except DataError:
-        raise
-    except Exception:  # noqa: BLE001 - no image, or one that Pillow can't decode; ffmpeg forgives some damaged GIFs
-        return _probe_video(path)
-
-
-def read_frames(path, indices, size):
-    """uint8 (len(indices), 3, size, size) RGB: what the file shows at indices / fps seconds, in any order.
-
-    Indices outside the video mean its first or last frame. Raises DataError.
-    - any aspect ratio is read; the reference skips videos whose sides differ by more than a factor of five.
-    - videos are resized by ffmpeg, which saves time but differs from `resize_and_pad` by about two grey levels.
-    """
-    media, path = probe(path), os.path.abspath(path)
-    indices = [min(max(int(i), 0), media.num_frames - 1) for i in indices]
-    wanted = sorted(set(indices))
-    if not wanted:
-        return torch.empty(0, 3, size, size, dtype=torch.uint8)
-    read = _read_image if media.reader == "pillow" else _read_video
-    frames = read(path, media, wanted, size)
-    return frames[[wanted.index(i) for i in indices]].contiguous()
-
-
-def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False, select="uniform"):
-    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError.
-
-    cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the same.
-    select: "uniform", or, in testing, "difference": see `select_clips`.
-    """
-    kept = cache and open_cached(path, size)
-    num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
-    read = functools.partial(read_cached, path, kept) if kept else functools.partial(read_frames, path)
-    read = functools.partial(read, size=size)
-    if select == "difference" and not train:
-        clips = select_clips(read, num_frames, fps, n_clips, n_frames, target_fps)
-    else:
-        clips = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
-    return read(clips.flatten().tolist()).view(n_clips, n_frames, 3, size, size)
-
-
-# -------------------------------------------------- the cache: a few frames a second of each video, as small JPEGs
-def cached_file_of(path, size):
-    """videos/video7.mp4 -> videos/cached/video7.mp4.448: a line of JSON, then the JPEGs that it lists."""
-    return Path(path).parent / "cached" / f"{Path(path).name}.{size}"
-
-
-def open_cached(path, size):
-    """What the first line of a video's cached file says; None if it is not there or the video has changed since.
-
-    num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames a second kept. ends: of the JPEGs.
-    """
-    try:
-        with open(cached_file_of(path, size), "rb") as file:
-            kept, stat = json.loads(file.readline()), os.stat(path)
-            kept["begin"] = file.tell()
-        return kept if kept["source"] == [stat.st_mtime_ns, stat.st_size] else None
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{cached_file_of(path, size)}: damaged; remove it and write it again") from None
-
-
-def read_cached(path, kept, indices, size):
-    """uint8 (len(indices), 3, size, size): of the frames kept, those nearest to indices on the video's own grid."""
-    starts, frames = [0, *kept["ends"]], torch.zeros(len(indices), 3, size, size, dtype=torch.uint8)
-    with open(cached_file_of(path, size), "rb") as file:
-        for frame, i in zip(frames, indices, strict=True):
-            k = min(round(i / kept["fps"] * kept["rate"]), len(kept["ends"]) - 1)
-            file.seek(kept["begin"] + starts[k])
-            jpeg = io.BytesIO(file.read(starts[k + 1] - starts[k]))
-            try:
-                with Image.open(jpeg, formats=("JPEG",)) as image:
-                    frame[:, : image.height, : image.width] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            except (OSError, RuntimeError):
-                raise DataError(f"{file.name}: damaged; remove it and write it again") from None
-    return frames
-
-
-def write_cached(path, size, rate):
-    """Decode a video once and keep `rate` frames a second; -> (bytes written, what is wrong with the video or "").
-
-    Written under another name first: a file that is there is whole.
-    """
-    try:
-        media, stat, target = probe(path), os.stat(path), cached_file_of(path, size)
-        rate = min(rate, media.fps)
-        old = open_cached(path, size)
-        if old and old["rate"] == rate:
-            return 0, ""
-        count = max(math.ceil(media.num_frames / media.fps * rate), 1)
-        wanted = [round(k / rate * media.fps) for k in range(count)]
-        h, w = resized_shape(media.height, media.width, size)
-        jpegs, ends = io.BytesIO(), []
-        for k in range(0, count, 64):  # at 448 pixels 64 frames are 39 MB
-            for frame in read_frames(path, wanted[k : k + 64], size)[:, :, :h, :w].permute(0, 2, 3, 1).numpy():
-                Image.fromarray(frame).save(jpegs, "JPEG", quality=85)
-                ends.append(jpegs.tell())
-    except DataError as error:
-        return 0, str(error)
-    first = {"source": [stat.st_mtime_ns, stat.st_size], "num_frames": media.num_frames, "fps": media.fps,
-             "rate": rate, "ends": ends}  # fmt: skip
-    target.parent.mkdir(exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    temporary.write_bytes(json.dumps(first).encode() + b"\n" + jpegs.getvalue())
-    os.replace(temporary, target)
-    return target.stat().st_size, ""
-
-
-def write_cache(folder, size, rate, workers):
-    """`write_cached` for all videos under `folder`, several at once."""
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
-    if not videos:
-        raise DataError(f"{folder}: no videos in it")
-    write = functools.partial(write_cached, size=size, rate=rate)
-    with multiprocessing.Pool(workers, torch.set_num_threads, (1,)) as pool:
-        results = list(tqdm(pool.imap(write, videos), total=len(videos), unit=" videos"))
-    written, errors = [size for size, _ in results if size], [error for _, error in results if error]
-    print("".join(f"left out: {error}\n" for error in errors), end="", file=sys.stderr)
-    print(f"{folder}: {len(written):,} of {len(videos):,} videos written, {sum(written) / 1e6:,.1f} MB; "
-          f"{len(videos) - len(written) - len(errors):,} were there, {len(errors):,} cannot be read")
-
-
-def check_cached(folder, examples, size):
-    """Say how many of the examples' videos are cached; none is an error."""
-    paths = [find_media(folder, name, VIDEOS) for name in sorted({example.video for example in examples})]
-    paths = [path for path in paths if path]
-    count = sum(open_cached(path, size) is not None for path in paths)
-    remedy = f"python data.py cache --data {folder} --size {size}"
-    if not count:
-        raise DataError(f"{folder}: no video is cached at {size} pixels; write the cache first: {remedy}")
-    rest = f"; the other {len(paths) - count:,} will be decoded ({remedy} caches them)" if count < len(paths) else ""
-    print(f"cache: {count:,} of {len(paths):,} videos{rest}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Text to tokens (paper, section 3: F_l): WordPiece
-
-
-def build_tokenizer(vocabulary):
-    """A lower-casing WordPiece tokenizer over a list of tokens; the position in the list is the id."""
-    return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
-
-
-def read_vocabulary(folder=None, offline=False):
-    """The 30,522 tokens of bert-base-uncased: vocab.txt of a local folder, or, with None, the hub's.
-
-    offline: only a copy of the hub's that an earlier run has left on this machine.
-    """
-    try:
-        hub = functools.partial(cached_file, "bert-base-uncased", "vocab.txt", local_files_only=offline)
-        path = Path(folder) / "vocab.txt" if folder else hub()
-        vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        reason = str(error).splitlines()[0][:150]
-        raise DataError(f"no vocabulary ({reason}): give --bert DIR, a folder with BERT's vocab.txt") from None
-    if missing := set(SPECIAL_TOKENS) - set(vocabulary):
-        raise DataError(f"{path}: {', '.join(sorted(missing))} missing; this is not a BERT vocabulary")
-    return vocabulary
-
-
-def vocabulary_from_text(texts, size=10_000):
-    """A vocabulary without any download: BERT's special tokens, single characters, then the most frequent words.
-
-    With every character as a first piece ("a") and as a continuation ("##a"), WordPiece can spell any new word.
-    """
-    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
-    characters = sorted({c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789"))
-    common = sorted((w for w in words if len(w) > 1), key=lambda w: (-words[w], w))
-    return SPECIAL_TOKENS + characters + ["##" + c for c in characters] + common[:size]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Examples to batches
-
-
-class ClipDataset(torch.utils.data.Dataset):
-    """Examples with their sampled clips. Items are asked for as (epoch, index): see `training_order`.
-
-    The random clips of an item depend on (seed, epoch, index) alone, not on which worker reads it or when: two runs,
-    with any number of workers, stopped and resumed or not, see the same frames.
-    """
-
-    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False,
-                 select="uniform"):  # fmt: skip
-        self.examples, self.folder = examples, folder
-        self.sampling, self.shape = (n_clips, n_frames, fps, size, train), (n_clips, n_frames, 3, size, size)
-        self.train, self.seed, self.blind, self.cache, self.select = train, seed, blind, cache, select
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, key):
-        generator, unreadable, index = self.generator(key), [], key[1]
-        for attempt in range(20):  # an unreadable video is replaced by the next example in training ...
-            example = self.examples[(index + attempt) % len(self)]
-            try:
-                frames = self.read(example, generator)
-                break
-            except DataError as error:
-                unreadable.append(str(error))
-                if not self.train:  # ... and answered blindly, that is, counted as wrong, in evaluation
-                    frames = torch.zeros(self.shape, dtype=torch.uint8)
-                    break
-        else:
-            raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
-        return {"example": example, "frames": frames, "unreadable": unreadable}
-
-    def generator(self, key, stream=0):
-        """Of what is random about an item. stream 1, for captions and masks: other numbers than chose its clips."""
-        epoch, index = key
-        return torch.Generator().manual_seed(self.seed + stream + 1_000_003 * (epoch * len(self) + index))
-
-    def read(self, example, generator):
-        path = find_media(self.folder, example.video)
-        if path is None:
-            raise DataError(f"{example.video}: no such video under {self.folder}")
-        frames = read_clips(path, *self.sampling, generator, self.cache, self.select)
-        return torch.zeros_like(frames) if self.blind else frames
-
-
-def training_order(n_examples, batch_size, n_batches, seed, start=0):
-    """Yield batch number start, start + 1, ..., n_batches - 1, as lists of (epoch, index): shuffled anew each epoch.
-
-    Known in advance from the seed, so a resumed run goes on with the very batch that the stopped one would have seen.
-    The last, smaller batch of an epoch is kept.
-    """
-    per_epoch = -(-n_examples // batch_size)
-    for number in range(start, n_batches):
-        epoch, i = divmod(number, per_epoch)
-        if number == start or i == 0:
-            order = torch.randperm(n_examples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        yield [(epoch, j) for j in order[i * batch_size : (i + 1) * batch_size]]
-
-
-class Collator:
-    """A list of items to tensors. n texts per example: 1; in multiple choice, its options; of a MatchDataset, 2.
-
-    frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target (B,), with soft scores
-    (B, K), of a MatchDataset (B*n,); and plain lists.
-    """
-
-    def __init__(self, tokenizer, text_length, answers=None):
-        self.tokenizer, self.text_length = tokenizer, text_length
-        self.labels = {answer: i for i, answer in enumerate(answers or [])}
-
-    def __call__(self, items):
-        examples = [item["example"] for item in items]
-        tokens = self.tokenizer(
-            [text for item in items for text in item.get("captions") or input_texts(item["example"])],
-            padding=True, truncation=True, max_length=self.text_length, return_tensors="pt",
-        )  # fmt: skip
-        return {
-            "frames": torch.stack([item["frames"] for item in items]),
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "target": torch.tensor([t for item in items for t in item.get("matches", [self.target(item["example"])])]),
-            "examples": examples,
-            "unreadable": [item["unreadable"] for item in items],
-        }
-
-    def target(self, example):
-        """What the loss wants: an option's index, an answer's label (-1: not in the list), all soft scores, a count."""
-        if isinstance(example.answer, dict):
-            return [float(example.answer.get(answer, 0)) for answer in self.labels]
-        return self.labels.get(example.answer, -1) if isinstance(example.answer, str) else example.answer or 0
-
-
-def input_texts(example):
-    """Multiple choice: "question option" as one sequence per option, as the reference; else the text alone."""
-    return [f"{example.text} {option}".strip() for option in example.options] or [example.text]
-
-
-def draw_mismatch(caption_of, count, own, generator):
-    """A random one of caption_of(0 .. count - 1) that is not among `own`; None if all seem to be."""
-    for _ in range(100):
-        caption = caption_of(torch.randint(count, (), generator=generator).item())
-        if caption.lower() not in own:
-            return caption
-    return None
-
-
-class MatchDataset(ClipDataset):
-    """Captioned videos for retrieval: with every video its caption and one of another video."""
-
-    def __init__(self, examples, folder, **sampling):
-        super().__init__(examples, folder, **sampling)
-        self.own = {}  # {video: everything said about it}: a caption of two videos is no negative for either
-        for example in examples:
-            self.own.setdefault(example.video, set()).add(example.text.lower())
-
-    def __getitem__(self, key):
-        item = super().__getitem__(key)
-        own = self.own[item["example"].video]
-        wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, self.generator(key, 1))
-        if wrong is None:
-            raise DataError(f"{self.folder}: every caption is said of every video; there is nothing to tell apart")
-        return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}  # its own first: see rank_loss
-
-
-def outlive_signals(worker):
-    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its step: its workers ignore
-    the one and outlive the other by ten seconds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
-def data_loader(dataset, batches, collate, workers, pin_memory=False):
-    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
-        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
-    )  # fmt: skip
-
-
-# -------------------------------------------------- pretraining: captions, some of them wrong, with words masked
-class CaptionedImage(NamedTuple):
-    """An image (or a video) and everything that is said about it."""
-
-    video: str
-    captions: tuple
-
-
-def captioned_images(examples):
-    """One per image, in the order of the file; a caption that stands twice under an image counts once."""
-    captions = {}
-    for example in examples:
-        captions.setdefault(example.video, {})[example.text] = None
-    return [CaptionedImage(video, tuple(texts)) for video, texts in captions.items()]
-
-
-class CaptionDataset(ClipDataset):
-    """Captioned images: one clip, and some of the captions, each with probability 1/2 swapped for a wrong one.
-
-    All that is random here depends on (seed, epoch, index) alone, as the clips do: fixed masks in evaluation.
-    """
-
-    def __init__(self, images, folder, *, captions, **sampling):
-        super().__init__(images, folder, n_clips=1, **sampling)
-        self.captions = captions
-
-    def __getitem__(self, key):
-        item, generator = super().__getitem__(key), self.generator(key, 1)  # the collator goes on with it: the masks
-        texts, matches = self.draw_captions(item["example"], generator)
-        return item | {"captions": texts, "matches": matches, "generator": generator}
-
-    def draw_captions(self, image, generator):
-        """-> n captions (repeated if there are fewer) and n labels: 1 if it is the image's own, 0 if another's.
-
-        Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss of a coin: as
-        many right as wrong ones per image. Otherwise ITM begins by learning which pictures had luck with their coins.
-        """
-        order = torch.randperm(len(image.captions), generator=generator).tolist()
-        texts = [image.captions[order[i // 2 % len(order)]] for i in range(self.captions)]  # of two, one will stay
-        coin = torch.randint(2, (), generator=generator).item()
-        matches = [(i + coin) % 2 for i in range(self.captions)]
-        for i, match in enumerate(matches):
-            wrong = None if match else self.draw_mismatch(image, generator)
-            matches[i], texts[i] = (0, wrong) if wrong else (1, texts[i])
-        return texts, matches
-
-    def draw_mismatch(self, image, generator):
-        """A caption of another image; never one that is also said about this image."""
-        own = {caption.lower() for caption in image.captions}
-
-        def draw(i):
-            captions = self.examples[i].captions
-            return captions[torch.randint(len(captions), (), generator=generator)]
-
-        return draw_mismatch(draw, len(self), own, generator)
-
-
-class Mix(torch.utils.data.Dataset):
-    """Several data sets as one, whose items are asked for as (data set, epoch, index)."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __getitem__(self, key):
-        return self.parts[key[0]][key[1:]]
-
-
-def mixed_order(sizes, ratio, batch_size, n_batches, seed, start=0):
-    """`training_order` for a Mix: each batch comes from one data set, drawn in proportion to `ratio`."""
-    generator = torch.Generator().manual_seed(seed)
-    choices = torch.multinomial(torch.tensor(ratio).double(), n_batches, True, generator=generator).tolist()
-    orders = [training_order(size, batch_size, n_batches, seed, choices[:start].count(i))
-              for i, size in enumerate(sizes)]  # fmt: skip
-    for i in choices[start:]:
-        yield [(i, *key) for key in next(orders[i])]
-
-
-def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
-    """BERT's masking: of 15% of the words, 80% become [MASK], 10% a random token, and 10% stay what they are.
-
-    -> (input_ids with these changes, labels: the word at those 15%, -100 everywhere else). The random and the unchanged
-    ones are there because no text has a [MASK] after pretraining: any word may turn out to be the one to predict.
-    """
-    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))  # [CLS] [SEP] [PAD] [UNK]: never
-    chance = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 1.0)
-    tokens = torch.randint(len(tokenizer), input_ids.shape, generator=generator)
-    masked = torch.where(chance < 0.9 * rate, tokens, input_ids)
-    masked = masked.masked_fill(chance < 0.8 * rate, tokenizer.mask_token_id)
-    return masked, input_ids.masked_fill(chance >= rate, -100)
-
-
-class CaptionCollator(Collator):
-    """Captioned images to tensors, n captions per image one after the other, so that they share its CNN pass.
-
-    frames (B, 1, T, 3, L, L) uint8; input_ids, attention_mask, mlm_labels (B*n, Lt); itm_labels (B*n,), 1: a match.
-    """
-
-    def __init__(self, tokenizer, text_length, mask_rate=0.15):
-        super().__init__(tokenizer, text_length)
-        self.mask_rate = mask_rate
-
-    def __call__(self, items):
-        rows = []
-        for item in items:
-            tokens = self.tokenizer(item["captions"], truncation=True, max_length=self.text_length)
-            for ids in tokens["input_ids"]:
-                rows.append(mask_tokens(torch.tensor(ids), self.tokenizer, item["generator"], self.mask_rate))
-        ids, labels = zip(*rows, strict=True)  # (length of its text,) each
-        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        return {
-            "frames": torch.stack([item["frames"] for item in items]),
-            "input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
-            "attention_mask": pad([torch.ones_like(row) for row in ids]),
-            "mlm_labels": pad(labels, padding_value=-100),
-            "itm_labels": torch.tensor([match for item in items for match in item["matches"]]),
-            "unreadable": [item["unreadable"] for item in items],
-        }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The toy data: small enough for a laptop CPU, in the public layouts, so that toy and real data share every reader
 #
 # Each GIF shows one object of some colour, shape and place. It does one action several times, later another one once,
 # and in between it idles. Every action can be told from a single frame, but most single frames show idling or the
 # other action: one clip is often not enough, a few always are. Each repetition leaves a mark at the bottom (counting).
 
+TOY_VERSION = 4  # a new number rewrites the toy data
 TOY_SIZE, TOY_FPS, TOY_FRAMES = 64, 4, 32  # pixels, frames per second, frames: 8-second GIFs
 TOY_BUSY, TOY_LAST = 16, 9  # frames of the repeated action, in all; frames of the other one
 TOY_COLORS = {

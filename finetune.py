@@ -458,6 +458,11 @@ def evaluate_retrieval(run, model, examples, clip_counts):
     return by_clips, predictions, errors
 
 
+########################################################################################################################
+# Here the paper's part ends. What follows puts it to use: reports, the three things this script does, pictures.
+########################################################################################################################
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 
