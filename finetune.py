@@ -378,7 +378,7 @@ def score_pairs(run, model, texts, grids, rerank=None):
             rows = chosen[:, column].nonzero().flatten()
             if grid is not None and len(rows):
                 for places, p in score_captions(run, model, tokens, rows, clips_of(grid)):
-                    scores[places, column] = p.double()
+                    scores[places, column] = p
 
     chosen = torch.ones_like(scores, dtype=torch.bool)
     if rerank and rerank < len(grids):
@@ -395,7 +395,8 @@ def score_captions(run, model, tokens, rows, grid):
     for places, *text in caption_batches(tokens, rows, max(1, 1024 // N)):
         ids, mask = (x.to(run.device.name).repeat(N, 1) for x in text)  # (N*C, Lt)
         with run.device.autocast():
-            logits = model.classify(grid, ids, mask).float().view(N, len(places), -1)  # (N, C, 2)
+            logits = model.classify(grid, ids, mask).view(N, len(places), -1)  # (N, C, 2)
+        logits = logits.double()  # as float32, all probabilities from a difference of 17 on would be 1: no ranking them
         yield places, clipbert.match_score(clipbert.aggregate_clips(logits, run.settings["agg"])).cpu()
 
 
