@@ -13,7 +13,8 @@ Read this file beside section 3 of the paper, top to bottom:
     p = G(p_1, ..., p_N)                                             (B, K)             aggregate_clips
     loss = NLL(p, q)                                                 scalar             video_loss
 
-B videos, N clips of T frames of L x L pixels, Lt text tokens, an h x w grid (h = w = L / 64), d hidden units, K scores.
+B videos, N clips of T frames of L x L pixels, n texts a video (options or captions; with one text, B*n is B), Lt text
+tokens, an h x w grid (h = w = L / 64; tiny: L / 16), d hidden units, K scores, q the right answer.
 
 The optimizer and its learning rate follow. There, at a line of #, the paper's part ends; the rest serves both scripts.
 """
@@ -175,7 +176,8 @@ class GridFeatures(nn.Module):
         for stage in (r.layer1, r.layer2, r.layer3, r.layer4):
             for block in stage.children():
                 x = residual_block(x, block)
-        return self.grid_encoder(x).permute(0, 2, 3, 1)  # (F, 2048 or 512, L/32, L/32) -> (F, h, w, d)
+        # x: (F, 2048, L/32, L/32); resnet18: 512 channels; tiny: (F, 128, L/8, L/8)
+        return self.grid_encoder(x).permute(0, 2, 3, 1)  # (F, h, w, d)
 
 
 def conv_norm(x, conv, norm):
@@ -204,8 +206,8 @@ def residual_block(x, block):
 def scale_residual_branches(stages):
     """Shrink each residual branch's last convolution, for a start without pretrained weights.
 
-    A FrozenBatchNorm without statistics normalises nothing: every block would double the variance, 2^16 over ResNet-50.
-    Scaled by 1/sqrt(number of blocks), the sum of all branches stays of the size of the input.
+    A FrozenBatchNorm without statistics normalises nothing: almost every block of ResNet-50 would double the variance.
+    Scaled by 1/sqrt(number of blocks), the branches together add about as much as there was.
     """
     blocks = [block for stage in stages for block in stage]
     for block in blocks:
@@ -330,7 +332,8 @@ class ClipBert(VideoTextEncoder):
         """p_i = H(F_v(c_i), F_l(S)) for one clip of each video (paper, section 3).
 
         frames (B, T, 3, L, L) uint8 or float RGB 0..255; input_ids, attention_mask (B*n, Lt) -> (B*n, num_outputs).
-        With frames (B, N, T, 3, L, L) it is `clip_logits`: several processes train through forward alone.
+        With frames (B, N, T, 3, L, L), all clips: (N, B*n, num_outputs), by `clip_logits`. It can be asked for here
+        because several processes average only the gradients of what was called as model(...).
         """
         if frames.dim() == 6:
             return clip_logits(self, frames, input_ids, attention_mask)
@@ -441,7 +444,7 @@ def mlm_loss(scores, labels, over="masked"):
 
     scores (B, Lt, vocabulary); labels (B, Lt), -100 where no word is masked. over="all" divides by all B * Lt positions
     instead, padding included, as the reference does. With 15% masked and texts padded to the longest, only some 6% of
-    the positions count, so this is the same loss with a weight of about .06 beside ITM's 1, and one that shrinks
+    its positions count, so that is the same loss with a weight of about .06 beside ITM's 1, and one that shrinks
     further in a batch of uneven lengths. Mismatched pairs take part, too: there the words alone must do.
     """
     total = F.cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")

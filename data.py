@@ -81,10 +81,14 @@ def sample_clips(
 ) -> Tensor:  # fmt: skip
     """Sparse sampling: choose n_clips short clips of n_frames frames; returns int64 (n_clips, n_frames) frame indices.
 
-    A clip spans n_frames / target_fps seconds and its frames include both of its ends: at 30 fps, two frames "at 2 fps"
-    are 29 frames apart. Training places every clip at random; testing places them at equal distances from the start.
-    - one test clip sits in the middle, as in the paper; the reference code takes the start of the video.
-    - a clip longer than the video repeats the last frame (as the reference does).
+        clip i starts, with f = length - clip, at    random in [0, f]             in training
+                                                     f i / N, i = 0 .. N - 1      in testing (N = 1: f / 2)
+
+    A clip spans n_frames / target_fps seconds. Two or more frames include both of its ends: at 30 fps, two frames "at
+    2 fps" are 29 frames apart. A single frame is the clip's first.
+    - one test clip sits in the middle, as in the paper (its first frame thus half a clip before the video's middle);
+      the reference code takes the start of the video.
+    - a clip longer than the video (f = 0) repeats the last frame, as the reference does.
     """
     clip = n_frames / target_fps * fps  # frames that a clip spans
     delta = max(num_frames - clip, 0.0)  # free range of a clip's start
@@ -96,7 +100,15 @@ def sample_clips(
         starts = [delta * i / n_clips for i in range(n_clips)]
     span = max(clip - 1, 0.0)  # from the first to the last frame of a clip
     offsets = [int(span * t / max(n_frames - 1, 1)) for t in range(n_frames)]
+    # ceil: a clip's first frame is the first one that begins within it
     return torch.tensor([[min(math.ceil(s) + o, num_frames - 1) for o in offsets] for s in starts])
+
+
+def choose_clips(read, num_frames, fps, n_clips, n_frames, target_fps, train, generator=None, select="uniform"):
+    """`sample_clips`, or, in testing with select="difference", `select_clips`. -> int64 (n_clips, n_frames)."""
+    if select == "difference" and not train:
+        return select_clips(read, num_frames, fps, n_clips, n_frames, target_fps)
+    return sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
 
 
 def select_clips(read, num_frames, fps, n_clips, n_frames, target_fps, candidates=4):
@@ -151,10 +163,7 @@ def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None,
     num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
     read = functools.partial(read_cached, path, kept) if kept else functools.partial(read_frames, path)
     read = functools.partial(read, size=size)
-    if select == "difference" and not train:
-        clips = select_clips(read, num_frames, fps, n_clips, n_frames, target_fps)
-    else:
-        clips = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
+    clips = choose_clips(read, num_frames, fps, n_clips, n_frames, target_fps, train, generator, select)
     return read(clips.flatten().tolist()).view(n_clips, n_frames, 3, size, size)
 
 
@@ -367,7 +376,7 @@ def captioned_images(examples):
 
 
 class CaptionDataset(ClipDataset):
-    """Captioned images: one clip, and some of the captions, each with probability 1/2 swapped for a wrong one.
+    """Captioned images: one clip, and n captions, by turns one of the image's own and one of another image.
 
     All that is random here depends on (seed, epoch, index) alone, as the clips do: fixed masks in evaluation.
     """
@@ -382,13 +391,14 @@ class CaptionDataset(ClipDataset):
         return item | {"captions": texts, "matches": matches, "generator": generator}
 
     def draw_captions(self, image, generator):
-        """-> n captions (repeated if there are fewer) and n labels: 1 if it is the image's own, 0 if another's.
+        """-> n captions and n labels: 1 if it is the image's own, 0 if another's. Own ones repeat if there are too few.
 
         Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss of a coin: as
         many right as wrong ones per image. Otherwise ITM begins by learning which pictures had luck with their coins.
         """
         order = torch.randperm(len(image.captions), generator=generator).tolist()
-        texts = [image.captions[order[i // 2 % len(order)]] for i in range(self.captions)]  # of two, one will stay
+        texts = [image.captions[order[i // 2 % len(order)]] for i in range(self.captions)]
+        # Each own caption stands there twice: one of the two is about to be replaced.
         coin = torch.randint(2, (), generator=generator).item()
         matches = [(i + coin) % 2 for i in range(self.captions)]
         for i, match in enumerate(matches):
@@ -428,10 +438,10 @@ def mixed_order(sizes, ratio, batch_size, n_batches, seed, start=0):
 
 
 def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
-    """BERT's masking: of 15% of the words, 80% become [MASK], 10% a random token, and 10% stay what they are.
+    """BERT's masking: of 15% of the tokens, 80% become [MASK], 10% a random token, and 10% stay what they are.
 
-    -> (input_ids with these changes, labels: the word at those 15%, -100 everywhere else). The random and the unchanged
-    ones are there because no text has a [MASK] after pretraining: any word may turn out to be the one to predict.
+    -> (input_ids with these changes, labels: the token at those 15%, -100 elsewhere). The random and the unchanged ones
+    are there because no text has a [MASK] after pretraining: any word may turn out to be the one to predict.
     """
     special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))  # [CLS] [SEP] [PAD] [UNK]: never
     chance = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 1.0)

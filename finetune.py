@@ -37,12 +37,12 @@ class Task(NamedTuple):
     """A data set and the paper's hyper-parameters for it."""
 
     title: str
-    kind: str  # of answer: choice | answer | soft | count | match (see clipbert.video_loss)
-    answers: int = 1  # K: a score per option or count; 2 for "match"; else at least this many answers
+    kind: str  # of answer: choice | answer | soft | count | match, or, asked for, rank (see clipbert.video_loss)
+    answers: int = 1  # K: a score per option or count; 2 for "match"; open-ended: at least this many (FrameQA: 1540)
     validation: bool = False  # choose best.pt by a "val" split (False: there is none, the last is the best)
     read: object = None  # (folder, split) -> examples; this, the next two and text_length are those of data.LAYOUTS
     toy: str = ""  # which part of the toy data has its layout
-    top_answers: int | None = None  # K, only the most frequent answers; the others count as wrong (None: all)
+    top_answers: int | None = None  # open-ended: only so many, the most frequent; others count as wrong (None: all)
     size: int = 448  # L, pixels
     fps: float = 1.0  # a clip of T frames spans T / fps seconds
     frames: int = 1  # T
@@ -230,13 +230,14 @@ def train(run, model, training, examples, validate):
     A step is grad_accum batches, one update. Which examples and which random clips it sees depends on the seed and the
     step alone, so a resumed run repeats the uninterrupted one.
     """
-    s, n = run.settings, run.settings["grad_accum"] * clipbert.PROCESSES  # n batches to a step
+    s, per_step = run.settings, run.settings["grad_accum"] * clipbert.PROCESSES  # batches to a step
 
     def batches_after(step):
-        return data.training_order(len(examples), s["batch_size"], training.total_steps * n, run.seed, step * n)
+        total = training.total_steps * per_step
+        return data.training_order(len(examples), s["batch_size"], total, run.seed, step * per_step)
 
     training.examples_of = lambda step: [
-        examples[i].id for batch in islice(batches_after(step - 1), n) for _, i in batch
+        examples[i].id for batch in islice(batches_after(step - 1), per_step) for _, i in batch
     ]
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader(examples, s["train_clips"], True, own_batches))
@@ -252,7 +253,7 @@ def train(run, model, training, examples, validate):
                 part = clipbert.video_loss(p, batch["target"], run.task.kind) / s["grad_accum"]
             training.scaler.scale(part).backward()
             loss = loss + part.detach()
-        training.update(step, loss=loss)
+        training.update(step, loss=loss)  # clipbert.Training: learning rate, clipped gradient, AdamW; the log
         if validate and (step % steps_per_epoch == 0 or step == training.total_steps):
             training.flush()
             score = validate()
@@ -391,11 +392,11 @@ def score_pairs(run, model, texts, grids, rerank=None):
 
 def score_captions(run, model, tokens, rows, grid):
     """The captions in `rows` against one video, whose clips are grid (N, h, w, d): places (C,), probabilities (C,)."""
-    N, grid = len(grid), grid[:, None].to(run.device.name)
+    N, grid = len(grid), grid[:, None].to(run.device.name)  # (N, 1, h, w, d): N clips as N videos of one frame
     for places, *text in caption_batches(tokens, rows, max(1, 1024 // N)):
-        ids, mask = (x.to(run.device.name).repeat(N, 1) for x in text)  # (N*C, Lt)
+        ids, mask = (x.to(run.device.name).repeat(N, 1) for x in text)  # (N*C, Lt): all captions for clip 1, ...
         with run.device.autocast():
-            logits = model.classify(grid, ids, mask).view(N, len(places), -1)  # (N, C, 2)
+            logits = model.classify(grid, ids, mask).view(N, len(places), -1)  # (N, C, 2 or 1)
         logits = logits.double()  # as float32, all probabilities from a difference of 17 on would be 1: no ranking them
         yield places, clipbert.match_score(clipbert.aggregate_clips(logits, run.settings["agg"])).cpu()
 
@@ -613,8 +614,7 @@ def run_prediction(args):
     s, n = run.settings, max(run.settings["test_clips"])
     example = data.Example(id="0", video=args.predict.name, text=args.question, options=tuple(args.options), answer=0)
     media, read = data.probe(args.predict), functools.partial(data.read_frames, args.predict, size=s["size"])
-    wanted = media.num_frames, media.fps, n, s["frames"], s["fps"]
-    clips = data.select_clips(read, *wanted) if args.select == "difference" else data.sample_clips(*wanted, False)
+    clips = data.choose_clips(read, media.num_frames, media.fps, n, s["frames"], s["fps"], False, select=args.select)
     frames = read(clips.flatten().tolist()).unflatten(0, clips.shape)
     item = {"example": example, "frames": frames, "unreadable": []}
     seen = look(run, model, data.Collator(run.tokenizer, s["text_length"])([item]))

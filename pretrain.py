@@ -173,13 +173,14 @@ def train(run, model, training, ratio):
     dropout, on torch's random state, which checkpoints hold: a resumed run repeats the uninterrupted one.
     """
     s, sizes = run.settings, [len(source.train) for source in run.sources]
-    n = s["grad_accum"] * clipbert.PROCESSES  # batches to a step
+    per_step = s["grad_accum"] * clipbert.PROCESSES  # batches
 
     def batches_after(step):
-        return data.mixed_order(sizes, ratio or sizes, s["batch_size"], training.total_steps * n, run.seed, step * n)
+        total = training.total_steps * per_step
+        return data.mixed_order(sizes, ratio or sizes, s["batch_size"], total, run.seed, step * per_step)
 
     training.examples_of = lambda step: [
-        run.sources[k].train[i].video for batch in islice(batches_after(step - 1), n) for k, _, i in batch
+        run.sources[k].train[i].video for batch in islice(batches_after(step - 1), per_step) for k, _, i in batch
     ]
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader("train", run.seed, own_batches))
@@ -194,7 +195,7 @@ def train(run, model, training, ratio):
             itm = clipbert.itm_loss(itm, batch["itm_labels"])
             training.scaler.scale((mlm + itm) / s["grad_accum"]).backward()
             losses += torch.stack([mlm, itm]).detach() / s["grad_accum"]
-        training.update(step, loss=losses.sum(), mlm=losses[0], itm=losses[1])
+        training.update(step, loss=losses.sum(), mlm=losses[0], itm=losses[1])  # clipbert.Training: AdamW; the log
         if training.due(step):
             training.flush()
             metrics, _ = evaluate(run, model)
@@ -210,7 +211,7 @@ def train(run, model, training, ratio):
 
 @torch.no_grad()
 def evaluate(run, model):
-    """Accuracies in percent, mean losses, and what could not be read."""
+    """Accuracies in percent, mean losses (MLM's over masked tokens, always), and what could not be read."""
     model.eval()
     keys = [(k, 0, i) for k, source in enumerate(run.sources) for i in range(len(source.val))]
     batches = [keys[b : b + run.settings["batch_size"]] for b in range(0, len(keys), run.settings["batch_size"])]

@@ -215,12 +215,12 @@ def official():
 
 @pytest.mark.parametrize("what", ["grid", "pooled", "logits", "loss"])
 def test_official_model_outputs_match_the_reference(official, what):
-    """CNN grid, pooled vector, logits and loss of the full model, to 1e-4 of the largest value."""
+    """CNN grid, pooled vector, logits and loss of the full model, to 1e-5 of the largest value (the grid: 2e-5)."""
     name = {"grid": "cnn_grid", "pooled": "pooled_output"}.get(what, what)
     expected = TENSORS[f"e2e/out/{name}"]
     expected = expected.mean() if what == "loss" else expected
     assert official[what].shape == expected.shape
-    assert (official[what] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (official[what] - expected).abs().max() <= (2e-5 if what == "grid" else 1e-5) * expected.abs().max()
 
 
 def test_official_model_gradients_match_the_reference(official):
