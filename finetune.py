@@ -185,7 +185,7 @@ def task_row(args, state):
 
 def model_from(state, path, task_name):
     """The model that one of our fine-tuning checkpoints holds."""
-    if "num_outputs" not in state:
+    if not {"num_outputs", "guess"} <= state.keys():
         raise ValueError(f"{path}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
     retrieval = TASKS[state["task"]].kind == TASKS[task_name].kind == "match"  # one retrieval model does for them all
     if state["task"] != task_name and not retrieval:
@@ -208,6 +208,7 @@ class Run(NamedTuple):
     blind: bool
     cache: bool = False
     select: str = "uniform"
+    guess: object = None  # see best_guess
 
     def loader(self, examples, n_clips, train, batches):
         s = self.settings
@@ -325,19 +326,24 @@ def mean(values):
     return round(float(np.mean(list(values))), 4)
 
 
-def chance_level(task, train, test):
-    """What can be had without looking: a random option, the most frequent training answer, the mean training count."""
+def best_guess(task, train):
+    """What to say without looking: the most frequent training answer, the mean training count; None: any option."""
+    if task.kind == "count":
+        return float(np.mean([example.answer for example in train]))
+    return data.answer_list(train, 1)[0] if task.kind in ("answer", "soft") else None
+
+
+def chance_level(task, guess, test):
+    """How good the best guess is on the test examples."""
     if test[0].options:
         return mean(100 / len(example.options) for example in test)
     if task.kind in ("match", "rank"):
         return 100 / len({example.video for example in test})  # R@1
     if task.kind == "count":
-        average = np.mean([example.answer for example in train])
-        return mean((example.answer - average) ** 2 for example in test)
-    common = data.answer_list(train, 1)[0]
+        return mean((example.answer - guess) ** 2 for example in test)
     if task.kind == "soft":
-        return mean(100 * data.vqa_accuracy(common, example) for example in test)
-    return mean(100 * (example.answer == common) for example in test)
+        return mean(100 * data.vqa_accuracy(guess, example) for example in test)
+    return mean(100 * (example.answer == guess) for example in test)
 
 
 # Retrieval: every caption against every video. Each clip goes through the CNN once and each caption through the
@@ -504,7 +510,7 @@ def run_training(args):
         run, model, vocabulary, examples, test = prepare(args, state)
     training = clipbert.Training(
         args, run, model, len(examples), state, task=args.task, data=str(run.folder), vocabulary=vocabulary,
-        answers=run.answers, num_outputs=model.num_outputs,
+        answers=run.answers, guess=run.guess, num_outputs=model.num_outputs,
     )  # fmt: skip
     print(f"{run.task.title}: {len(examples):,} training and {len(test):,} test examples from {run.folder}")
     print(training.summary("examples"))
@@ -518,7 +524,7 @@ def run_training(args):
         training.save("best.pt", training.total_steps)
     by_clips, predictions, errors = evaluate(run, model, test, run.settings["test_clips"])
     seconds = time.time() - training.began
-    report(run, args, by_clips, predictions, errors, chance_level(run.task, examples, test), seconds)
+    report(run, args, by_clips, predictions, errors, chance_level(run.task, run.guess, test), seconds)
     if not clipbert.RANK:
         with clipbert.whole_file(args.out / "sheet.png") as file:
             example_sheet(run, model, test, predictions).save(file, "PNG")
@@ -550,7 +556,8 @@ def prepare(args, state):
     settings = settings_for(args, model.cfg, state and state["settings"])
     tokenizer = data.build_tokenizer(vocabulary)
     device = clipbert.choose_device(args)
-    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind, args.cache, args.select)
+    guess = state["guess"] if state else best_guess(task, examples)
+    run = Run(task, folder, settings, device, tokenizer, answers, args.seed, args.blind, args.cache, args.select, guess)
     if args.cache:
         data.check_cached(folder, examples + test, settings["size"])
     return run, model, vocabulary, examples, test
@@ -588,7 +595,7 @@ def load_for_use(args):
     tokenizer = data.build_tokenizer(state["vocabulary"])
     folder = args.data or (None if args.predict else data.toy_data(task.toy) / task.toy)
     run = Run(task, folder, settings, device, tokenizer, state["answers"], args.seed, args.blind, args.cache,
-              args.select)  # fmt: skip
+              args.select, state["guess"])  # fmt: skip
     return run, device.place(model)
 
 
@@ -598,11 +605,9 @@ def run_evaluation(args):
     _, test = load_examples(args, args.split)
     if args.cache:
         data.check_cached(run.folder, test, run.settings["size"])
-    guessable = run.task.kind in ("answer", "soft", "count")  # chance is then a matter of the training answers
-    train_examples = run.task.read(run.folder, split="train") if guessable else []
     began = time.time()
     by_clips, predictions, errors = evaluate(run, model, test, run.settings["test_clips"])
-    chance = chance_level(run.task, train_examples, test)
+    chance = chance_level(run.task, run.guess, test)
     report(run, args, by_clips, predictions, errors, chance, time.time() - began)
 
 

@@ -118,7 +118,8 @@ def test_task_trains_evaluates_and_leaves_its_files(kind, toy, tmp_path):
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 6
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["batch_size"] == 4
-    shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("toy_train_*"))  # evaluation needs no others
+    only_test = shutil.ignore_patterns("toy_train_*", "Train_*")  # all that evaluation needs, the chance level included
+    shutil.copytree(toy, tmp_path / "toy", ignore=only_test)
     again = run(tmp_path / "toy", tmp_path / "again", "--eval", tmp_path / "best.pt", task=task)
     assert (again["by_clips"], again["chance"]) == (metrics["by_clips"], metrics["chance"])
 
