@@ -43,8 +43,9 @@ import threading
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -492,6 +493,7 @@ TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training 
 MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
 SEEK_COST = 10  # frames that are decoded in the time of one more seek (opening the file again, parsing its header)
 SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, which with B-frames is a few frames ahead of what is shown
+PROCESS_COST = 50  # frames; the same for starting one more process
 SEEKS = 16  # in one ffmpeg process: each needs a decoder of its own
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 # Only containers that hold their own pixels: playlists, concat scripts and image patterns could open other files.
@@ -577,22 +579,31 @@ def _read_image(path, media, wanted, size):
 
 
 # -------------------------------------------------- videos: ffmpeg
-def _ffmpeg(path, arguments):
-    """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
+def _ffmpeg(path, arguments, into=None):
+    """Run the bundled ffmpeg: (what it wrote, its log), or, read `into` a buffer, how many bytes it wrote.
+
+    It is killed after TIME_LIMIT and never outlives this call.
+    """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    log = subprocess.PIPE if into is None else subprocess.DEVNULL
     # A process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in the middle of it.
-    with subprocess.Popen(command, **pipes, process_group=0) as process:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+                          process_group=0) as process:  # fmt: skip
         timer = threading.Timer(TIME_LIMIT, process.kill)  # Popen.wait(timeout) would poll, up to 50 ms late
         timer.start()
         try:
-            output, log = process.communicate()
+            if into is None:
+                output, log = process.communicate()
+            else:
+                output = process.stdout.readinto(into)
+                process.stdout.close()
+            process.wait()
         finally:
             timer.cancel()
             process.kill()  # after a normal end this does nothing
     if process.returncode < 0:
         raise DataError(f"{path}: ffmpeg was killed (over {TIME_LIMIT:.0f} s or out of memory); shorten or remove it")
-    return output, log.decode("utf-8", "replace")  # titles in old files are often not UTF-8
+    return output if into is not None else (output, log.decode("utf-8", "replace"))  # old titles are often not UTF-8
 
 
 def _input(path, *options):
@@ -664,12 +675,16 @@ def _count_packets(path, fps):
 
 def _read_video(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
-    segments = _plan(media, wanted)
-    parts = [_decode(path, media, segments[k : k + SEEKS], size) for k in range(0, len(segments), SEEKS)]
-    frames = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if len(frames) < len(wanted):  # a truncated file: seeking beyond its end finds nothing, one pass the last frame
-        frames = _decode(path, media, [(0, wanted)], size)
-    if len(frames) < len(wanted):
+    frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
+    idle = os.cpu_count() > 1 and not torch.utils.data.get_worker_info()  # several workers keep the cores busy
+    shares = _share(media, wanted) if idle else [wanted]
+    segments = [_plan(media, share) for share in shares]
+    groups = [part[k : k + SEEKS] for part in segments for k in range(0, len(part), SEEKS)]
+    targets = frames.split([sum(len(indices) for _, indices in group) for group in groups])
+    with ThreadPoolExecutor(len(shares)) as pool:  # threads, each of which waits for a process
+        whole = all(pool.map(functools.partial(_decode, path, media), groups, targets))
+    # In a truncated file a seek beyond the end finds nothing; one pass finds the last frame there is.
+    if not whole and not _decode(path, media, [(0, wanted)], frames):
         raise DataError(f"{path}: no frame could be decoded; replace or remove it")
     return frames
 
@@ -682,22 +697,45 @@ def _plan(media, wanted):
     """
     segments, decoded = [(0, [])], 0
     for i in wanted:
-        origin = i - SEEK_LEAD
-        before = bisect.bisect(media.keys, origin - 0.14 * media.fps)  # ffmpeg itself steps back by 3/23 s
-        if before and media.keys[before - 1] > decoded + SEEK_COST:
-            segments.append((origin, []))
+        if _landing(media, i) > decoded + SEEK_COST:
+            segments.append((i - SEEK_LEAD, []))
         segments[-1][1].append(i)
         decoded = i
     return [segment for segment in segments if segment[1]]
 
 
-def _decode(path, media, segments, size):
-    """One ffmpeg process reads every segment, each through an input of its own: uint8 (n, 3, size, size).
+def _landing(media, i):
+    """The key frame at which decoding starts after a seek for frame i; 0, the video's start, if there is none."""
+    before = bisect.bisect(media.keys, i - SEEK_LEAD - 0.14 * media.fps)  # ffmpeg itself steps back by 3/23 s
+    return media.keys[before - 1] if before else 0
+
+
+def _share(media, wanted):
+    """The wanted indices for two processes on two cores: cut where both have about as many frames to decode; uncut where
+    a second process would hardly help, as in a short video, which has its only key frame at the start."""
+
+    def work(i, decoded):  # frames to decode until i is there
+        return i - max(decoded, _landing(media, i) - SEEK_COST)
+
+    steps = [work(i, decoded) for decoded, i in zip([0, *wanted], wanted, strict=False)]
+    done = list(accumulate(steps))
+    longer = {k: max(done[k - 1], work(wanted[k], 0) + done[-1] - done[k]) for k in range(1, len(wanted))}
+    cut = min(longer, key=longer.get, default=0)
+    if cut and longer[cut] + PROCESS_COST < done[-1]:
+        return [wanted[:cut], wanted[cut:]]
+    return [wanted]
+
+
+def _decode(path, media, segments, frames):
+    """One ffmpeg process reads every segment, each through an input of its own, into frames, uint8 (n, 3, size, size).
+
+    -> whether all n came.
 
     The filters, in order: shift the clock so that the segment starts at 0; `fps` lays the frames on the regular grid
     (slot n holds the last frame that began by n / fps; "up" means no frame is shown early); `tpad` repeats the last
     frame where the file is shorter than its header says; `trim` ends the decoding, `select` keeps the wanted slots.
     """
+    size = frames.shape[-1]
     h, w = resized_shape(media.height, media.width, size)
     late = round(1e6 * _tolerance(media.fps))
     inputs, chains = [], []
@@ -711,14 +749,13 @@ def _decode(path, media, segments, size):
         chains.append(
             f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
             f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
-            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black[v{k}]"
+            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black,shuffleplanes=2:0:1,format=gbrp[v{k}]"
         )
     labels = "".join(f"[v{k}]" for k in range(len(segments)))
     graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])
     output = ["-filter_complex", graph, "-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
-    raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, *output])
-    planes = np.frombuffer(raw, np.uint8).reshape(-1, 3, size, size)  # whole planes, green first
-    return torch.from_numpy(planes[:, [2, 0, 1]])
+    buffer = memoryview(frames.numpy()).cast("B")
+    return _ffmpeg(path, ["-v", "fatal", *inputs, *output], buffer) == len(buffer)
 
 
 # -------------------------------------------------- either
@@ -758,7 +795,7 @@ def read_frames(path, indices, size):
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
     read = _read_image if media.reader == "pillow" else _read_video
     frames = read(path, media, wanted, size)
-    return frames[[wanted.index(i) for i in indices]].contiguous()
+    return frames if indices == wanted else frames[[wanted.index(i) for i in indices]]
 
 
 # -------------------------------------------------- the cache: a few frames a second of each video, as small JPEGs

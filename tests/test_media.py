@@ -200,7 +200,9 @@ PLANNED = {
 def test_what_the_plan_seeks_equals_a_full_decode(tmp_path, name):
     path = make_video(tmp_path / name, 300, *X264, *PLANNED[name])
     found, seeks = media.probe(path), 0
-    everything = numbers(media._decode(str(path), found, [(0, list(range(found.num_frames)))], SIZE))
+    everything = torch.empty(found.num_frames, 3, SIZE, SIZE, dtype=torch.uint8)
+    assert media._decode(str(path), found, [(0, list(range(found.num_frames)))], everything)
+    everything = numbers(everything)
     for seed in range(4):
         wanted = media.sample_clips(found.num_frames, found.fps, 4, 2, 2, True, torch.Generator().manual_seed(seed))
         seeks += len(media._plan(found, sorted(set(wanted.flatten().tolist()))))
@@ -217,6 +219,15 @@ def test_the_plan_seeks_only_across_key_frames():
     assert media._plan(video, [5, 252]) == [(0, [5, 252])]  # so close to a key frame a seek would land before it
     assert media._plan(video, [900]) == [(892, [900])]
     assert media._plan(video._replace(keys=()), [10, 900]) == [(0, [10, 900])]
+
+
+def test_two_processes_share_the_work_where_that_helps():
+    video = media.Media(1000, 25.0, W, H, 0.0, "ffmpeg", (0, 250, 500, 750))
+    assert media._share(video, [10, 240, 300, 490]) == [[10, 240], [300, 490]]  # 240 frames each
+    assert media._share(video, [10, 300, 490, 780, 990]) == [[10, 300, 490], [780, 990]]
+    for wanted in ([700], [10, 35, 240], [500, 530]):  # nothing to share; one key frame; few frames in all
+        assert media._share(video, wanted) == [wanted]
+    assert media._share(video._replace(keys=()), [10, 300, 490]) == [[10, 300, 490]]  # no seeking in this container
 
 
 def test_more_seeks_than_one_process_takes(tmp_path, monkeypatch):
