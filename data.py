@@ -39,7 +39,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import warnings
 from collections import Counter
@@ -570,19 +569,15 @@ def _read_image(path, media, wanted, size):
 def _ffmpeg(path, arguments):
     """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # A process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in the middle of it.
-    with subprocess.Popen(command, **pipes, process_group=0) as process:
-        timer = threading.Timer(TIME_LIMIT, process.kill)  # Popen.wait(timeout) would poll, up to 50 ms late
-        timer.start()
-        try:
-            output, log = process.communicate()
-        finally:
-            timer.cancel()
-            process.kill()  # after a normal end this does nothing
-    if process.returncode < 0:
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True}
+    try:  # in a process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in between
+        done = subprocess.run(command, **pipes, timeout=TIME_LIMIT, check=False, process_group=0)
+        killed = done.returncode < 0
+    except subprocess.TimeoutExpired:
+        killed = True
+    if killed:
         raise DataError(f"{path}: ffmpeg was killed (over {TIME_LIMIT:.0f} s or out of memory); shorten or remove it")
-    return output, log.decode("utf-8", "replace")  # titles in old files are often not UTF-8
+    return done.stdout, done.stderr.decode("utf-8", "replace")  # titles in old files are often not UTF-8
 
 
 def _input(path, *options):
