@@ -31,7 +31,6 @@ import functools
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -43,7 +42,6 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -718,7 +716,7 @@ def probe(path):
     return _probe(path, stat.st_mtime_ns, stat.st_size)
 
 
-@cache  # a few hundred bytes per file
+@functools.cache  # a few hundred bytes per file
 def _probe(path, mtime, size):
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:  # decides by the first bytes, not by the name
@@ -795,7 +793,7 @@ def write_cached(path, size, rate):
         old = open_cached(path, size)
         if old and old["rate"] == rate:
             return 0, ""
-        count = max(math.ceil(media.num_frames / media.fps * rate), 1)
+        count = math.ceil(media.num_frames / media.fps * rate)
         wanted = [round(k / rate * media.fps) for k in range(count)]
         h, w = resized_shape(media.height, media.width, size)
         jpegs, ends = io.BytesIO(), []
@@ -820,8 +818,8 @@ def write_cache(folder, size, rate, workers):
     if not videos:
         raise DataError(f"{folder}: no videos in it")
     write = functools.partial(write_cached, size=size, rate=rate)
-    with multiprocessing.Pool(workers, torch.set_num_threads, (1,)) as pool:
-        results = list(tqdm(pool.imap(write, videos), total=len(videos), unit=" videos"))
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        results = list(tqdm(pool.map(write, videos), total=len(videos), unit=" videos"))
     written, errors = [size for size, _ in results if size], [error for _, error in results if error]
     print("".join(f"left out: {error}\n" for error in errors), end="", file=sys.stderr)
     print(f"{folder}: {len(written):,} of {len(videos):,} videos written, {sum(written) / 1e6:,.1f} MB; "
