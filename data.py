@@ -1062,8 +1062,10 @@ def read_msrvtt_qa(folder, split):
 
 
 def read_msrvtt_mc(folder, split="test"):
-    """Which of five captions belongs to the video? A retrieval model scores them, so there is no question."""
-    path = find_file(folder, f"*mc*{split}*.jsonl", f"*mc*{split}*.json", f"*{split}*.jsonl")
+    """Which of five captions belongs to the video? No question, no training: a retrieval model scores them."""
+    if split != "test":
+        return read_msrvtt_retrieval(folder, split)
+    path = find_file(folder, "*mc*test*.jsonl", "*mc*test*.json", "*test*.jsonl")
     return collect(path, ((row, Example(row.name("id", default=row.place), row.name("clip_name", "video_id", "video"),
                                         "", row.options(), row.whole("answer", below=OPTIONS)))
                           for row in read_rows(path)))
@@ -1177,11 +1179,10 @@ def read_pairs(path, one_per_video=True):
                           for row in read_rows(path)), one_per_video)
 
 
-def msrvtt_sentences(path):
+def msrvtt_sentences(data):
     """(row, example, official split of its video) for every sentence of an MSRVTT json."""
-    data = read_json(path)
-    videos = by_name(list_rows(path, data.get("videos"), "videos"), "video_id")
-    for row in list_rows(path, data.get("sentences"), "sentences"):
+    videos = by_name(list_rows(data.path, data.get("videos"), "videos"), "video_id")
+    for row in list_rows(data.path, data.get("sentences"), "sentences"):
         if (video := row.name("video_id")) not in videos:
             row.fail(f"a caption of {video[:80]!r}, which is not among the videos")
         yield row, Example(row.name("sen_id"), video, row.text("caption", default="")), videos[video].text("split")
@@ -1202,9 +1203,10 @@ def read_msrvtt_retrieval(folder, split, train_list="9k"):
                                  for row in rows), one_per_video=True)
     listed = by_name(read_table(listing, "video_id"), "video_id")
     parts = ("train_val", "test") if train_list == "9k" else ("train_val",)  # 9k draws on the official test part too
-    paths = [find_file(folder, "MSRVTT_data*.json", required=False)]
-    paths = paths if paths[0] else [find_file(folder, f"{part}_videodatainfo*.json") for part in parts]
-    pairs = [(row, example) for path in paths for row, example, _ in msrvtt_sentences(path) if example.video in listed]
+    whole = find_file(folder, "MSRVTT_data*.json", required=False)
+    paths = [whole] if whole else [find_file(folder, f"{part}_videodatainfo*.json") for part in parts]
+    sentences = (sentence for path in paths for sentence in msrvtt_sentences(read_json(path)))
+    pairs = [(row, example) for row, example, _ in sentences if example.video in listed]
     if missing := sorted(listed.keys() - {example.video for _, example in pairs}):
         print(f"note: {listing}: {len(missing):,} of its {len(listed):,} videos have no caption in the json "
               f"({', '.join(missing[:3])} …)", file=sys.stderr)
@@ -1284,15 +1286,16 @@ def caption_pairs(path, split):
     if isinstance(data, list):
         rows = list(list_rows(path, data))
         return vg_pairs(rows) if rows and "regions" in rows[0].values else own_pairs(rows)
-    if "sentences" in Row(path, 1, data).values:
-        return [(row, example) for row, example, part in msrvtt_sentences(path) if part in (split, f"{split}idate")]
-    return coco_pairs(path, Row(path, 1, data))
+    data = Row(path, 1, data)
+    if "sentences" in data.values:
+        return [(row, example) for row, example, part in msrvtt_sentences(data) if part in (split, f"{split}idate")]
+    return coco_pairs(data)
 
 
-def coco_pairs(path, data):
+def coco_pairs(data):
     """COCO: {images: [{id, file_name}], annotations: [{id, image_id, caption}]}."""
-    images = by_name(list_rows(path, data.get("images"), "images"), "id")
-    for row in list_rows(path, data.get("annotations"), "annotations"):
+    images = by_name(list_rows(data.path, data.get("images"), "images"), "id")
+    for row in list_rows(data.path, data.get("annotations"), "annotations"):
         if (image := row.name("image_id")) not in images:
             row.fail(f"a caption of image {image[:80]}, which is not among the images")
         yield row, Example(row.name("id"), images[image].name("file_name"), row.text("caption", default=""))
@@ -1373,11 +1376,6 @@ class Layout(NamedTuple):
     stills: bool = False  # are images, without motion, what belongs there?
 
 
-def read_msrvtt_mc_task(folder, split):
-    """Only the test file is this task's own: a retrieval model scores the five captions."""
-    return (read_msrvtt_mc if split == "test" else read_msrvtt_retrieval)(folder, split)
-
-
 LAYOUTS = {
     **{f"tgif_qa_{kind}": Layout(functools.partial(read_tgif_qa, kind=kind), "tgif_qa", 25)
        for kind in ("action", "transition", "frameqa", "count")},
@@ -1385,7 +1383,7 @@ LAYOUTS = {
     "didemo_retrieval": Layout(read_didemo, "msrvtt", 100),
     "activitynet_retrieval": Layout(read_activitynet, "msrvtt", 100),
     "msrvtt_qa": Layout(read_msrvtt_qa, "msrvtt", 100, top_answers=1500),
-    "msrvtt_mc": Layout(read_msrvtt_mc_task, "msrvtt", 20),
+    "msrvtt_mc": Layout(read_msrvtt_mc, "msrvtt", 20),
     "vqa": Layout(read_vqa, "vqa", 20, top_answers=3129, stills=True),
     "pretrain": Layout(lambda folder, split: read_captions(folder, split, split == "train"), "coco_captions", 30,
                        stills=True),
