@@ -1405,7 +1405,13 @@ TOY_COLORS = {
     "red": (220, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 240), "yellow": (240, 220, 50),
     "purple": (160, 60, 200), "orange": (250, 140, 30), "white": (240, 240, 240), "pink": (250, 130, 190),
 }  # fmt: skip
-TOY_SHAPES = ["square", "bar", "triangle", "cross"]
+TOY_SHAPES = {  # corners around (0, 0)
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "bar": [(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)],
+    "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
+    "cross": [(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35), (1.2, -0.35), (1.2, 0.35), (0.35, 0.35),
+              (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35), (-0.35, -0.35)],
+}  # fmt: skip
 TOY_ACTIONS = ["jump", "spin", "grow", "shrink", "blink", "split", "shine", "wave"]
 TOY_PLACES = {"left": (16, 30), "right": (48, 30), "top": (32, 22), "bottom": (32, 42)}
 TOY_NUMBERS = ["one", "two", "three", "four"]
@@ -1442,20 +1448,13 @@ def toy_video(name, rng):
         timeline += [(act, min(i, times))] * length + [(None, min(i, times))] * idle[i]
     start = rng.randrange(TOY_FRAMES)  # GIFs loop: one may start anywhere, so no place in it is special
     timeline = timeline[start:] + timeline[:start]
-    color, shape, place = rng.choice(list(TOY_COLORS)), rng.choice(TOY_SHAPES), rng.choice(list(TOY_PLACES))
+    color, shape, place = (rng.choice(list(things)) for things in (TOY_COLORS, TOY_SHAPES, TOY_PLACES))
     return ToyVideo(name, color, shape, place, rng.randint(1, 4), action, times, last, timeline)
 
 
 def toy_polygon(shape, x, y, r):
     """The corners of a shape of radius r around (x, y)."""
-    corners = {
-        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-        "bar": [(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)],
-        "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
-        "cross": [(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35), (1.2, -0.35), (1.2, 0.35), (0.35, 0.35),
-                  (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35), (-0.35, -0.35)],
-    }[shape]  # fmt: skip
-    return [(x + r * dx, y + r * dy) for dx, dy in corners]
+    return [(x + r * dx, y + r * dy) for dx, dy in TOY_SHAPES[shape]]
 
 
 def draw_toy_object(draw, color, shape, x, y, action, r=10):
@@ -1519,7 +1518,7 @@ def toy_questions(video, kind, rng):
     question, answer = [
         ("how many moons are in the sky ?", TOY_NUMBERS[video.moons - 1]),
         (f"what is the color of the {video.shape} ?", video.color),
-        (f"where is the {video.color} {video.shape} ?", video.place),
+        (f"where is {video.subject} ?", video.place),
     ][number - 1]
     return {"question": question, "answer": answer, "type": number}
 
@@ -1559,23 +1558,26 @@ def toy_captions(photo):
     ]
 
 
-def toy_photo(rng):
-    """One frame of a toy video, with or without an action."""
-    action = rng.choice([None, *TOY_ACTIONS])
-    return toy_video("", rng)._replace(action=action, timeline=[(action, rng.randint(0, 5))])
+def write_toy_photos(folder, name, numbers, rng):
+    """Write photos and yield (number, photo): each is one frame of a toy video, with or without an action.
+
+    numbers: others in each split, since annotations name a photo by its number alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        action = rng.choice([None, *TOY_ACTIONS])
+        photo = toy_video("", rng)._replace(action=action, timeline=[(action, rng.randint(0, 5))])
+        draw_toy_video(photo, rng)[0].save(folder / name.format(number))
+        yield number, photo
 
 
 def write_toy_coco(folder, train=2000, val=200, seed=0):
     """COCO's layout: captions_{train,val}2017.json, {train,val}2017/<12 digits>.png; a photo is one frame of a GIF."""
-    for split, first, count in (("train", 1, train), ("val", train + 1, val)):
+    for split, numbers in (("train", range(1, train + 1)), ("val", range(train + 1, train + val + 1))):
         rng = random.Random(f"photos {split} {seed}")
-        (folder / f"{split}2017").mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
-        for i in range(first, first + count):  # no number stands for two photos
-            photo = toy_photo(rng)
-            image = {"id": i, "file_name": f"{i:012d}.png", "width": TOY_SIZE, "height": TOY_SIZE}
-            draw_toy_video(photo, rng)[0].save(folder / f"{split}2017" / image["file_name"])
-            images.append(image)
+        for i, photo in write_toy_photos(folder / f"{split}2017", "{:012d}.png", numbers, rng):
+            images.append({"id": i, "file_name": f"{i:012d}.png", "width": TOY_SIZE, "height": TOY_SIZE})
             annotations += [{"id": len(annotations) + k, "image_id": i, "caption": caption}
                             for k, caption in enumerate(toy_captions(photo))]  # fmt: skip
         write_json(folder / f"captions_{split}2017.json", {"images": images, "annotations": annotations})
@@ -1618,9 +1620,15 @@ def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
     (folder / "MSRVTT_train.9k.csv").write_text("\n".join(["video_id", *(v.name for v in trains)]) + "\n")
     rows = [f"ret{i},msr{i},{video.name},{toy_sentences(video)[0]}" for i, video in enumerate(tests)]
     (folder / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(["key,vid_key,video_id,sentence", *rows]) + "\n")
-    for split, part in (("train", trains), ("test", tests)):
+    for split, name, part in (("train", "train", trains), ("test", "val_1", tests)):
         questions = [toy_open_question(v, rng) | {"video_id": int(v.name[5:])} for v in part for _ in range(3)]
         write_json(folder / f"{split}_qa.json", [{"id": i} | question for i, question in enumerate(questions)])
+        said = {video.name: [f"the {video.shape} does {act}" for act in (video.action, video.last)] for video in part}
+        moments = [(video, sentence) for video in said for sentence in said[video]]
+        write_json(folder / f"{split}_data.json", [{"annotation_id": i, "video": video, "description": sentence}
+                                                   for i, (video, sentence) in enumerate(moments)])  # fmt: skip
+        write_json(folder / f"{name}.json", {video: {"duration": 8.0, "timestamps": [[0, 8], [0, 8]], "sentences": both}
+                                             for video, both in said.items()})  # fmt: skip
     choices = []
     for video in tests:
         options = [toy_sentences(other)[0] for other in rng.sample([v for v in tests if v is not video], 4)]
@@ -1628,13 +1636,6 @@ def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
         options.insert(answer, toy_sentences(video)[0])
         choices.append(json.dumps({"clip_name": video.name, "options": options, "answer": answer}))
     (folder / "msrvtt_mc_test.jsonl").write_text("\n".join(choices) + "\n")
-    for split, name, part in (("train", "train", trains), ("test", "val_1", tests)):
-        said = {video.name: [f"the {video.shape} does {act}" for act in (video.action, video.last)] for video in part}
-        moments = [(video, sentence) for video in said for sentence in said[video]]
-        write_json(folder / f"{split}_data.json", [{"annotation_id": i, "video": video, "description": sentence}
-                                                   for i, (video, sentence) in enumerate(moments)])  # fmt: skip
-        write_json(folder / f"{name}.json", {video: {"duration": 8.0, "timestamps": [[0, 8], [0, 8]], "sentences": both}
-                                             for video, both in said.items()})  # fmt: skip
 
 
 def toy_open_question(video, rng):
@@ -1647,13 +1648,10 @@ def toy_open_question(video, rng):
 
 def write_toy_vqa(folder, train=1500, test=200, seed=0):
     """VQA v2's layout: official questions and annotations, two questions a photo, each answered by ten people."""
-    for split, first, count in (("train2014", 1, train), ("val2014", train + 1, test)):
+    for split, numbers in (("train2014", range(1, train + 1)), ("val2014", range(train + 1, train + test + 1))):
         rng = random.Random(f"vqa {split} {seed}")
-        (folder / split).mkdir(parents=True, exist_ok=True)
         questions, annotations = [], []
-        for image in range(first, first + count):  # no number stands for two photos, as in COCO
-            photo = toy_photo(rng)
-            draw_toy_video(photo, rng)[0].save(folder / split / f"COCO_{split}_{image:012d}.png")
+        for image, photo in write_toy_photos(folder / split, f"COCO_{split}_{{:012d}}.png", numbers, rng):
             for _ in range(2):
                 question, answer, kind = toy_vqa_question(photo, rng)
                 ids = {"question_id": len(questions), "image_id": image}
@@ -1671,7 +1669,7 @@ def toy_vqa_question(photo, rng):
         color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
         return f"is the {photo.shape} {color} ?", "yes" if color == photo.color else "no", "yes/no"
     if photo.action and rng.random() < 0.3:
-        return f"what does the {photo.color} {photo.shape} do ?", photo.action, "other"
+        return f"what does {photo.subject} do ?", photo.action, "other"
     question = toy_questions(photo, "frameqa", rng)
     answer = question["answer"]
     return question["question"], answer, "number" if answer in TOY_NUMBERS else "other"
