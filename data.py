@@ -1716,7 +1716,7 @@ def contact_sheet(path, n_clips, n_frames, target_fps, size, train, seed=0):
     media, generator = probe(path), torch.Generator().manual_seed(seed)
     clips = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, train, generator)
     clips = clips[clips[:, 0].argsort(stable=True)]  # random ones in the order of time, too
-    frames = read_frames(path, clips.flatten().tolist(), size).permute(0, 2, 3, 1).numpy()
+    times = (clips / media.fps).tolist()
     columns = max(1, min(n_clips, 8 // n_frames))  # clips in a row
     side = min(360, (1544 - columns * (24 + 6 * n_frames)) // (columns * n_frames))  # of a frame
     sheet = Image.new("RGB", (1600, 200 + 26 * n_clips + -(-n_clips // columns) * (side + 84)), "white")
@@ -1725,20 +1725,20 @@ def contact_sheet(path, n_clips, n_frames, target_fps, size, train, seed=0):
     how = f"at random (seed {seed})" if train else "uniform" if n_clips > 1 else "in the middle"
     write(draw, (1560, 30), f"N = {n_clips} {how}, T = {n_frames}, {media.width} x {media.height} pixels to "
           f"{size} x {size}", 20, "#555555", "ra")  # fmt: skip
-    top = draw_time_line(draw, media, (clips / media.fps).tolist(), n_frames / target_fps) + 30
+    top = draw_time_line(draw, media, times, n_frames / target_fps) + 30
     h, w = (side * n // size for n in resized_shape(media.height, media.width, size))
-    for i, pixels in enumerate(frames):
+    for i, pixels in enumerate(read_frames(path, clips.flatten().tolist(), size)):
         clip, t = divmod(i, n_frames)
         color = SHEET_COLORS[clip % len(SHEET_COLORS)]
         x = 40 + clip % columns * (n_frames * (side + 6) + 24) + t * (side + 6)
         y = top + 30 + clip // columns * (side + 84)
-        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        sheet.paste(picture(pixels, side), (x, y))
         draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=color, width=2)
         if side - h > 20 or side - w > 70:
             middle = ((w + side * (w < h)) // 2, (h + side * (h < w)) // 2)  # of what is right of the picture, or below
             write(draw, (x + middle[0], y + middle[1]), "padding", 15, "#999999", "mm")
         write(draw, (x, y - 30), f"clip {clip + 1}" if t == 0 else "", 20, color)
-        write(draw, (x + side // 2, y + side + 8), f"{clips[clip, t] / media.fps:.2f} s", 18, "#333333", "ma")
+        write(draw, (x + side // 2, y + side + 8), f"{times[clip][t]:.2f} s", 18, "#333333", "ma")
     return sheet.crop((0, 0, 1600, y + side + 54))
 
 
@@ -1809,8 +1809,7 @@ def attention_sheet(path, clips, length, how, seen, each_word=False):
     draw.line((40, y - 14, 1560, y - 14), fill="#333333", width=2)
     write(draw, (40, y), f"All clips, G = {how}", 24)
     draw_bars(draw, (x + 30, y), 1370 - x, seen, seen.ranking, best_first(seen.ranking), "#333333")
-    scale = torch.linspace(0, top, 200)[None].expand(16, -1)
-    sheet.paste(colors(scale, top), (130, y + 60))
+    sheet.paste(colors(torch.linspace(0, top, 200).expand(16, -1), top), (130, y + 60))
     write(draw, (130, y + 80), f"0 to {top:.1%} of the attention, in one cell", 16, "#555555")
     return sheet.crop((0, 0, 1600, y + max(120, 30 * min(5, len(seen.names))) + 20))
 
