@@ -1919,42 +1919,32 @@ class Finding(NamedTuple):
     detail: str = ""
 
 
-def check_file(path, stills, deep):
-    """-> (what, detail) of a media file that is not as it should be; None of a good one.
+def check_video(name, folder, stills, deep):
+    """-> a Finding, of no split yet, if a video is not as it should be; None if it is.
 
     deep: decode what 16 test clips would look at, and not only the header.
     """
+    try:
+        path = find_media(folder, name)
+    except DataError as error:
+        return Finding("videos refused", "", name, str(error))
+    if not path:
+        return Finding("videos missing", "", name)
     try:
         media = probe(path)
         if deep:
             read_clips(path, 16, 1, 1.0, 32, train=False)
     except DataError as error:
-        return "videos unreadable", str(error)
+        return Finding("videos unreadable", "", name, str(error))
     if media.num_frames == 1 and not (stills and path.suffix.lower() in IMAGES):
-        return "videos without motion", str(path)
-
-
-def check_videos(names, folder, stills, deep, workers):
-    """-> {name: (what, detail)} of the videos that are not as they should be; every file is opened."""
-    found, paths = {}, {}
-    for name in names:
-        try:
-            paths[name] = find_media(folder, name)
-        except DataError as error:
-            found[name] = "videos refused", str(error)
-    found |= {name: ("videos missing", "") for name, path in paths.items() if not path}
-    paths = {name: path for name, path in paths.items() if path}
-    with ProcessPoolExecutor(workers) as pool:
-        check_one = functools.partial(check_file, stills=stills, deep=deep)
-        results = tqdm(pool.map(check_one, paths.values(), chunksize=8), total=len(paths), unit="file", disable=None)
-        return found | {name: result for name, result in zip(paths, results, strict=True) if result}
+        return Finding("videos without motion", "", name, str(path))
 
 
 def check_texts(split, examples, tokenizer, text_length):
     """Yield a Finding for each example whose text, or whose option behind the question, does not fit."""
     texts = list({text: None for e in examples for text in (e.text, *e.options)})
-    lengths = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    lengths = dict(zip(texts, map(len, lengths), strict=True))
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    lengths = dict(zip(texts, map(len, tokens), strict=True))
     for e in examples:
         length = lengths[e.text] + max((lengths[option] for option in e.options), default=0) + 2  # [CLS] and [SEP]
         if length > text_length:
@@ -1981,8 +1971,8 @@ def check_rows(split, examples, train_videos, answers):
         ids.add(e.id)
 
 
-def check(layout, folder, *, deep=False, text_length=None, bert=None, workers=1):
-    """-> {split: examples}, all Findings, and whose vocabulary has counted the tokens."""
+def check(layout, folder, args):
+    """-> {split: examples}, all Findings, and whose vocabulary has counted the tokens. args: the flags of `check`."""
     splits, found = {}, []
     for split in ("train", "val", "test"):
         try:
@@ -1993,18 +1983,20 @@ def check(layout, folder, *, deep=False, text_length=None, bert=None, workers=1)
     if splits.get("val") == splits.get("test"):
         splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
     splits = {split: examples for split, examples in splits.items() if examples}
-    videos = {split: {e.video: None for e in examples} for split, examples in splits.items()}
-    media = check_videos({name: None for names in videos.values() for name in names}, folder, layout.stills, deep,
-                         workers)  # fmt: skip
     train, everything = splits.get("train", []), [e for examples in splits.values() for e in examples]
-    answers = read_answer_list(folder) or answer_list(
-        [e for e in train if isinstance(e.answer, (str, dict))], layout.top_answers
-    )
-    tokenizer, whose = check_tokenizer(bert, everything)
+    videos = list({e.video: None for e in everything})
+    check_one = functools.partial(check_video, folder=folder, stills=layout.stills, deep=args.deep)
+    with ProcessPoolExecutor(args.workers) as pool:
+        results = tqdm(pool.map(check_one, videos, chunksize=8), total=len(videos), unit="file", disable=None)
+        wrong = {finding.name: finding for finding in results if finding}
+    open_ended = [e for e in train if isinstance(e.answer, (str, dict))]
+    answers = read_answer_list(folder) or answer_list(open_ended, layout.top_answers)
+    tokenizer, whose = check_tokenizer(args.bert, everything)
     for split, examples in splits.items():
-        found += [Finding(media[name][0], split, name, media[name][1]) for name in videos[split] if name in media]
-        found += check_rows(split, examples, videos.get("train", {}).keys(), set(answers))
-        found += check_texts(split, examples, tokenizer, text_length or layout.text_length)
+        names = {e.video: None for e in examples if e.video in wrong}  # in their order, each once
+        found += [wrong[name]._replace(split=split) for name in names]
+        found += check_rows(split, examples, {e.video for e in train}, set(answers))
+        found += check_texts(split, examples, tokenizer, args.text_length)
     return splits, found, whose
 
 
@@ -2023,14 +2015,13 @@ def print_check(splits, found):
     """A column for each split, a line for each kind of finding; then the first of each kind, and what to do."""
     counts = Counter((finding.what, finding.split) for finding in found)
     columns = [s for s in ("train", "val", "test") if s in splits or any(finding.split == s for finding in found)]
-    lines = {"examples": {s: len(splits.get(s, ())) for s in columns},
-             "videos": {s: len({e.video for e in splits.get(s, ())}) for s in columns}}  # fmt: skip
-    lost = {s: counts["videos missing", s] + counts["videos refused", s] for s in columns}
-    lines["videos found"] = {s: lines["videos"][s] - lost[s] for s in columns}
-    lines |= {what: {s: counts[what, s] for s in columns} for what in FINDINGS}
+    for s, examples in splits.items():
+        counts["examples", s], counts["videos", s] = len(examples), len({e.video for e in examples})
+        counts["videos found", s] = counts["videos", s] - counts["videos missing", s] - counts["videos refused", s]
     print(f"{'':24}" + "".join(f"{split:>12}" for split in columns))
-    for what, line in lines.items():
-        print(f"{what:24}" + "".join(f"{f'{line[s]:,}' if line[s] else '-':>12}" for s in columns))
+    for what in ("examples", "videos", "videos found", *FINDINGS):
+        numbers = (f"{counts[what, s]:,}" if counts[what, s] else "-" for s in columns)
+        print(f"{what:24}" + "".join(f"{number:>12}" for number in numbers))
     for what, remedy in FINDINGS.items():
         if of_kind := [finding for finding in found if finding.what == what]:
             print(f"\n{what}: {len(of_kind):,} ({remedy.removeprefix('! ')})")
@@ -2080,14 +2071,14 @@ def run_check(args):
     task = ALIASES.get(args.task, args.task)
     layout = LAYOUTS[task]
     where = args.data or toy_data(layout.toy) / layout.toy
-    splits, found, whose = check(layout, where, deep=args.deep, text_length=args.text_length, bert=args.bert,
-                                 workers=args.workers)  # fmt: skip
-    print(f"{task} in {where}; tokens, at most {args.text_length or layout.text_length}, counted with {whose}\n")
+    args.text_length = args.text_length or layout.text_length
+    splits, found, whose = check(layout, where, args)
+    print(f"{task} in {where}; tokens, at most {args.text_length}, counted with {whose}\n")
     print_check(splits, found)
     if args.report:
-        rows = [Finding._fields, *found]
-        args.report.write_text("".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows),
-                               encoding="utf-8")  # fmt: skip
+        with open(args.report, "w", encoding="utf-8") as file:
+            for row in (Finding._fields, *found):
+                print(*(" ".join(cell.split()) for cell in row), sep="\t", file=file)
     stops = sorted({finding.what for finding in found if FINDINGS[finding.what][0] == "!"})
     print(f"\na run would stop: {', '.join(stops)}" if stops else "\nnothing here would stop a run")
     return bool(stops)
