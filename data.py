@@ -31,7 +31,6 @@ import functools
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -39,12 +38,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -579,31 +576,18 @@ def _read_image(path, media, wanted, size):
 
 
 # -------------------------------------------------- videos: ffmpeg
-def _ffmpeg(path, arguments, into=None):
-    """Run the bundled ffmpeg: (what it wrote, its log), or, read `into` a buffer, how many bytes it wrote.
-
-    It is killed after TIME_LIMIT and never outlives this call.
-    """
+def _ffmpeg(path, arguments):
+    """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
-    log = subprocess.PIPE if into is None else subprocess.DEVNULL
-    # A process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in the middle of it.
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
-                          process_group=0) as process:  # fmt: skip
-        timer = threading.Timer(TIME_LIMIT, process.kill)  # Popen.wait(timeout) would poll, up to 50 ms late
-        timer.start()
-        try:
-            if into is None:
-                output, log = process.communicate()
-            else:
-                output = process.stdout.readinto(into)
-                process.stdout.close()
-            process.wait()
-        finally:
-            timer.cancel()
-            process.kill()  # after a normal end this does nothing
-    if process.returncode < 0:
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True}
+    try:  # in a process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in between
+        done = subprocess.run(command, **pipes, timeout=TIME_LIMIT, check=False, process_group=0)
+        killed = done.returncode < 0
+    except subprocess.TimeoutExpired:
+        killed = True
+    if killed:
         raise DataError(f"{path}: ffmpeg was killed (over {TIME_LIMIT:.0f} s or out of memory); shorten or remove it")
-    return output if into is not None else (output, log.decode("utf-8", "replace"))  # old titles are often not UTF-8
+    return done.stdout, done.stderr.decode("utf-8", "replace")  # titles in old files are often not UTF-8
 
 
 def _input(path, *options):
@@ -754,8 +738,9 @@ def _decode(path, media, segments, frames):
     labels = "".join(f"[v{k}]" for k in range(len(segments)))
     graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])
     output = ["-filter_complex", graph, "-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
-    buffer = memoryview(frames.numpy()).cast("B")
-    return _ffmpeg(path, ["-v", "fatal", *inputs, *output], buffer) == len(buffer)
+    raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, *output])
+    frames.flatten().numpy()[: len(raw)] = np.frombuffer(raw, np.uint8)  # flatten: a view, as frames are contiguous
+    return len(raw) == frames.nbytes
 
 
 # -------------------------------------------------- either
@@ -770,7 +755,7 @@ def probe(path):
     return _probe(path, stat.st_mtime_ns, stat.st_size)
 
 
-@cache  # a few hundred bytes per file
+@functools.cache  # a few hundred bytes per file
 def _probe(path, mtime, size):
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:  # decides by the first bytes, not by the name
@@ -847,7 +832,7 @@ def write_cached(path, size, rate):
         old = open_cached(path, size)
         if old and old["rate"] == rate:
             return 0, ""
-        count = max(math.ceil(media.num_frames / media.fps * rate), 1)
+        count = math.ceil(media.num_frames / media.fps * rate)
         wanted = [round(k / rate * media.fps) for k in range(count)]
         h, w = resized_shape(media.height, media.width, size)
         jpegs, ends = io.BytesIO(), []
@@ -872,8 +857,8 @@ def write_cache(folder, size, rate, workers):
     if not videos:
         raise DataError(f"{folder}: no videos in it")
     write = functools.partial(write_cached, size=size, rate=rate)
-    with multiprocessing.Pool(workers, torch.set_num_threads, (1,)) as pool:
-        results = list(tqdm(pool.imap(write, videos), total=len(videos), unit=" videos"))
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        results = list(tqdm(pool.map(write, videos), total=len(videos), unit=" videos"))
     written, errors = [size for size, _ in results if size], [error for _, error in results if error]
     print("".join(f"left out: {error}\n" for error in errors), end="", file=sys.stderr)
     print(f"{folder}: {len(written):,} of {len(videos):,} videos written, {sum(written) / 1e6:,.1f} MB; "
@@ -1116,8 +1101,10 @@ def read_msrvtt_qa(folder, split):
 
 
 def read_msrvtt_mc(folder, split="test"):
-    """Which of five captions belongs to the video? A retrieval model scores them, so there is no question."""
-    path = find_file(folder, f"*mc*{split}*.jsonl", f"*mc*{split}*.json", f"*{split}*.jsonl")
+    """Which of five captions belongs to the video? No question, no training: a retrieval model scores them."""
+    if split != "test":
+        return read_msrvtt_retrieval(folder, split)
+    path = find_file(folder, "*mc*test*.jsonl", "*mc*test*.json", "*test*.jsonl")
     return collect(path, ((row, Example(row.name("id", default=row.place), row.name("clip_name", "video_id", "video"),
                                         "", row.options(), row.whole("answer", below=OPTIONS)))
                           for row in read_rows(path)))
@@ -1231,11 +1218,10 @@ def read_pairs(path, one_per_video=True):
                           for row in read_rows(path)), one_per_video)
 
 
-def msrvtt_sentences(path):
+def msrvtt_sentences(data):
     """(row, example, official split of its video) for every sentence of an MSRVTT json."""
-    data = read_json(path)
-    videos = by_name(list_rows(path, data.get("videos"), "videos"), "video_id")
-    for row in list_rows(path, data.get("sentences"), "sentences"):
+    videos = by_name(list_rows(data.path, data.get("videos"), "videos"), "video_id")
+    for row in list_rows(data.path, data.get("sentences"), "sentences"):
         if (video := row.name("video_id")) not in videos:
             row.fail(f"a caption of {video[:80]!r}, which is not among the videos")
         yield row, Example(row.name("sen_id"), video, row.text("caption", default="")), videos[video].text("split")
@@ -1256,9 +1242,10 @@ def read_msrvtt_retrieval(folder, split, train_list="9k"):
                                  for row in rows), one_per_video=True)
     listed = by_name(read_table(listing, "video_id"), "video_id")
     parts = ("train_val", "test") if train_list == "9k" else ("train_val",)  # 9k draws on the official test part too
-    paths = [find_file(folder, "MSRVTT_data*.json", required=False)]
-    paths = paths if paths[0] else [find_file(folder, f"{part}_videodatainfo*.json") for part in parts]
-    pairs = [(row, example) for path in paths for row, example, _ in msrvtt_sentences(path) if example.video in listed]
+    whole = find_file(folder, "MSRVTT_data*.json", required=False)
+    paths = [whole] if whole else [find_file(folder, f"{part}_videodatainfo*.json") for part in parts]
+    sentences = (sentence for path in paths for sentence in msrvtt_sentences(read_json(path)))
+    pairs = [(row, example) for row, example, _ in sentences if example.video in listed]
     if missing := sorted(listed.keys() - {example.video for _, example in pairs}):
         print(f"note: {listing}: {len(missing):,} of its {len(listed):,} videos have no caption in the json "
               f"({', '.join(missing[:3])} …)", file=sys.stderr)
@@ -1338,15 +1325,16 @@ def caption_pairs(path, split):
     if isinstance(data, list):
         rows = list(list_rows(path, data))
         return vg_pairs(rows) if rows and "regions" in rows[0].values else own_pairs(rows)
-    if "sentences" in Row(path, 1, data).values:
-        return [(row, example) for row, example, part in msrvtt_sentences(path) if part in (split, f"{split}idate")]
-    return coco_pairs(path, Row(path, 1, data))
+    data = Row(path, 1, data)
+    if "sentences" in data.values:
+        return [(row, example) for row, example, part in msrvtt_sentences(data) if part in (split, f"{split}idate")]
+    return coco_pairs(data)
 
 
-def coco_pairs(path, data):
+def coco_pairs(data):
     """COCO: {images: [{id, file_name}], annotations: [{id, image_id, caption}]}."""
-    images = by_name(list_rows(path, data.get("images"), "images"), "id")
-    for row in list_rows(path, data.get("annotations"), "annotations"):
+    images = by_name(list_rows(data.path, data.get("images"), "images"), "id")
+    for row in list_rows(data.path, data.get("annotations"), "annotations"):
         if (image := row.name("image_id")) not in images:
             row.fail(f"a caption of image {image[:80]}, which is not among the images")
         yield row, Example(row.name("id"), images[image].name("file_name"), row.text("caption", default=""))
@@ -1427,11 +1415,6 @@ class Layout(NamedTuple):
     stills: bool = False  # are images, without motion, what belongs there?
 
 
-def read_msrvtt_mc_task(folder, split):
-    """Only the test file is this task's own: a retrieval model scores the five captions."""
-    return (read_msrvtt_mc if split == "test" else read_msrvtt_retrieval)(folder, split)
-
-
 LAYOUTS = {
     **{f"tgif_qa_{kind}": Layout(functools.partial(read_tgif_qa, kind=kind), "tgif_qa", 25)
        for kind in ("action", "transition", "frameqa", "count")},
@@ -1439,7 +1422,7 @@ LAYOUTS = {
     "didemo_retrieval": Layout(read_didemo, "msrvtt", 100),
     "activitynet_retrieval": Layout(read_activitynet, "msrvtt", 100),
     "msrvtt_qa": Layout(read_msrvtt_qa, "msrvtt", 100, top_answers=1500),
-    "msrvtt_mc": Layout(read_msrvtt_mc_task, "msrvtt", 20),
+    "msrvtt_mc": Layout(read_msrvtt_mc, "msrvtt", 20),
     "vqa": Layout(read_vqa, "vqa", 20, top_answers=3129, stills=True),
     "pretrain": Layout(lambda folder, split: read_captions(folder, split, split == "train"), "coco_captions", 30,
                        stills=True),
@@ -1461,7 +1444,13 @@ TOY_COLORS = {
     "red": (220, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 240), "yellow": (240, 220, 50),
     "purple": (160, 60, 200), "orange": (250, 140, 30), "white": (240, 240, 240), "pink": (250, 130, 190),
 }  # fmt: skip
-TOY_SHAPES = ["square", "bar", "triangle", "cross"]
+TOY_SHAPES = {  # corners around (0, 0)
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "bar": [(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)],
+    "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
+    "cross": [(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35), (1.2, -0.35), (1.2, 0.35), (0.35, 0.35),
+              (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35), (-0.35, -0.35)],
+}  # fmt: skip
 TOY_ACTIONS = ["jump", "spin", "grow", "shrink", "blink", "split", "shine", "wave"]
 TOY_PLACES = {"left": (16, 30), "right": (48, 30), "top": (32, 22), "bottom": (32, 42)}
 TOY_NUMBERS = ["one", "two", "three", "four"]
@@ -1498,20 +1487,13 @@ def toy_video(name, rng):
         timeline += [(act, min(i, times))] * length + [(None, min(i, times))] * idle[i]
     start = rng.randrange(TOY_FRAMES)  # GIFs loop: one may start anywhere, so no place in it is special
     timeline = timeline[start:] + timeline[:start]
-    color, shape, place = rng.choice(list(TOY_COLORS)), rng.choice(TOY_SHAPES), rng.choice(list(TOY_PLACES))
+    color, shape, place = (rng.choice(list(things)) for things in (TOY_COLORS, TOY_SHAPES, TOY_PLACES))
     return ToyVideo(name, color, shape, place, rng.randint(1, 4), action, times, last, timeline)
 
 
 def toy_polygon(shape, x, y, r):
     """The corners of a shape of radius r around (x, y)."""
-    corners = {
-        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-        "bar": [(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)],
-        "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
-        "cross": [(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35), (1.2, -0.35), (1.2, 0.35), (0.35, 0.35),
-                  (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35), (-0.35, -0.35)],
-    }[shape]  # fmt: skip
-    return [(x + r * dx, y + r * dy) for dx, dy in corners]
+    return [(x + r * dx, y + r * dy) for dx, dy in TOY_SHAPES[shape]]
 
 
 def draw_toy_object(draw, color, shape, x, y, action, r=10):
@@ -1575,7 +1557,7 @@ def toy_questions(video, kind, rng):
     question, answer = [
         ("how many moons are in the sky ?", TOY_NUMBERS[video.moons - 1]),
         (f"what is the color of the {video.shape} ?", video.color),
-        (f"where is the {video.color} {video.shape} ?", video.place),
+        (f"where is {video.subject} ?", video.place),
     ][number - 1]
     return {"question": question, "answer": answer, "type": number}
 
@@ -1615,23 +1597,26 @@ def toy_captions(photo):
     ]
 
 
-def toy_photo(rng):
-    """One frame of a toy video, with or without an action."""
-    action = rng.choice([None, *TOY_ACTIONS])
-    return toy_video("", rng)._replace(action=action, timeline=[(action, rng.randint(0, 5))])
+def write_toy_photos(folder, name, numbers, rng):
+    """Write photos and yield (number, photo): each is one frame of a toy video, with or without an action.
+
+    numbers: others in each split, since annotations name a photo by its number alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        action = rng.choice([None, *TOY_ACTIONS])
+        photo = toy_video("", rng)._replace(action=action, timeline=[(action, rng.randint(0, 5))])
+        draw_toy_video(photo, rng)[0].save(folder / name.format(number))
+        yield number, photo
 
 
 def write_toy_coco(folder, train=2000, val=200, seed=0):
     """COCO's layout: captions_{train,val}2017.json, {train,val}2017/<12 digits>.png; a photo is one frame of a GIF."""
-    for split, first, count in (("train", 1, train), ("val", train + 1, val)):
+    for split, numbers in (("train", range(1, train + 1)), ("val", range(train + 1, train + val + 1))):
         rng = random.Random(f"photos {split} {seed}")
-        (folder / f"{split}2017").mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
-        for i in range(first, first + count):  # no number stands for two photos
-            photo = toy_photo(rng)
-            image = {"id": i, "file_name": f"{i:012d}.png", "width": TOY_SIZE, "height": TOY_SIZE}
-            draw_toy_video(photo, rng)[0].save(folder / f"{split}2017" / image["file_name"])
-            images.append(image)
+        for i, photo in write_toy_photos(folder / f"{split}2017", "{:012d}.png", numbers, rng):
+            images.append({"id": i, "file_name": f"{i:012d}.png", "width": TOY_SIZE, "height": TOY_SIZE})
             annotations += [{"id": len(annotations) + k, "image_id": i, "caption": caption}
                             for k, caption in enumerate(toy_captions(photo))]  # fmt: skip
         write_json(folder / f"captions_{split}2017.json", {"images": images, "annotations": annotations})
@@ -1674,9 +1659,15 @@ def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
     (folder / "MSRVTT_train.9k.csv").write_text("\n".join(["video_id", *(v.name for v in trains)]) + "\n")
     rows = [f"ret{i},msr{i},{video.name},{toy_sentences(video)[0]}" for i, video in enumerate(tests)]
     (folder / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(["key,vid_key,video_id,sentence", *rows]) + "\n")
-    for split, part in (("train", trains), ("test", tests)):
+    for split, name, part in (("train", "train", trains), ("test", "val_1", tests)):
         questions = [toy_open_question(v, rng) | {"video_id": int(v.name[5:])} for v in part for _ in range(3)]
         write_json(folder / f"{split}_qa.json", [{"id": i} | question for i, question in enumerate(questions)])
+        said = {video.name: [f"the {video.shape} does {act}" for act in (video.action, video.last)] for video in part}
+        moments = [(video, sentence) for video in said for sentence in said[video]]
+        write_json(folder / f"{split}_data.json", [{"annotation_id": i, "video": video, "description": sentence}
+                                                   for i, (video, sentence) in enumerate(moments)])  # fmt: skip
+        write_json(folder / f"{name}.json", {video: {"duration": 8.0, "timestamps": [[0, 8], [0, 8]], "sentences": both}
+                                             for video, both in said.items()})  # fmt: skip
     choices = []
     for video in tests:
         options = [toy_sentences(other)[0] for other in rng.sample([v for v in tests if v is not video], 4)]
@@ -1684,13 +1675,6 @@ def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
         options.insert(answer, toy_sentences(video)[0])
         choices.append(json.dumps({"clip_name": video.name, "options": options, "answer": answer}))
     (folder / "msrvtt_mc_test.jsonl").write_text("\n".join(choices) + "\n")
-    for split, name, part in (("train", "train", trains), ("test", "val_1", tests)):
-        said = {video.name: [f"the {video.shape} does {act}" for act in (video.action, video.last)] for video in part}
-        moments = [(video, sentence) for video in said for sentence in said[video]]
-        write_json(folder / f"{split}_data.json", [{"annotation_id": i, "video": video, "description": sentence}
-                                                   for i, (video, sentence) in enumerate(moments)])  # fmt: skip
-        write_json(folder / f"{name}.json", {video: {"duration": 8.0, "timestamps": [[0, 8], [0, 8]], "sentences": both}
-                                             for video, both in said.items()})  # fmt: skip
 
 
 def toy_open_question(video, rng):
@@ -1703,13 +1687,10 @@ def toy_open_question(video, rng):
 
 def write_toy_vqa(folder, train=1500, test=200, seed=0):
     """VQA v2's layout: official questions and annotations, two questions a photo, each answered by ten people."""
-    for split, first, count in (("train2014", 1, train), ("val2014", train + 1, test)):
+    for split, numbers in (("train2014", range(1, train + 1)), ("val2014", range(train + 1, train + test + 1))):
         rng = random.Random(f"vqa {split} {seed}")
-        (folder / split).mkdir(parents=True, exist_ok=True)
         questions, annotations = [], []
-        for image in range(first, first + count):  # no number stands for two photos, as in COCO
-            photo = toy_photo(rng)
-            draw_toy_video(photo, rng)[0].save(folder / split / f"COCO_{split}_{image:012d}.png")
+        for image, photo in write_toy_photos(folder / split, f"COCO_{split}_{{:012d}}.png", numbers, rng):
             for _ in range(2):
                 question, answer, kind = toy_vqa_question(photo, rng)
                 ids = {"question_id": len(questions), "image_id": image}
@@ -1727,7 +1708,7 @@ def toy_vqa_question(photo, rng):
         color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
         return f"is the {photo.shape} {color} ?", "yes" if color == photo.color else "no", "yes/no"
     if photo.action and rng.random() < 0.3:
-        return f"what does the {photo.color} {photo.shape} do ?", photo.action, "other"
+        return f"what does {photo.subject} do ?", photo.action, "other"
     question = toy_questions(photo, "frameqa", rng)
     answer = question["answer"]
     return question["question"], answer, "number" if answer in TOY_NUMBERS else "other"
@@ -1774,7 +1755,7 @@ def contact_sheet(path, n_clips, n_frames, target_fps, size, train, seed=0):
     media, generator = probe(path), torch.Generator().manual_seed(seed)
     clips = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, train, generator)
     clips = clips[clips[:, 0].argsort(stable=True)]  # random ones in the order of time, too
-    frames = read_frames(path, clips.flatten().tolist(), size).permute(0, 2, 3, 1).numpy()
+    times = (clips / media.fps).tolist()
     columns = max(1, min(n_clips, 8 // n_frames))  # clips in a row
     side = min(360, (1544 - columns * (24 + 6 * n_frames)) // (columns * n_frames))  # of a frame
     sheet = Image.new("RGB", (1600, 200 + 26 * n_clips + -(-n_clips // columns) * (side + 84)), "white")
@@ -1783,20 +1764,20 @@ def contact_sheet(path, n_clips, n_frames, target_fps, size, train, seed=0):
     how = f"at random (seed {seed})" if train else "uniform" if n_clips > 1 else "in the middle"
     write(draw, (1560, 30), f"N = {n_clips} {how}, T = {n_frames}, {media.width} x {media.height} pixels to "
           f"{size} x {size}", 20, "#555555", "ra")  # fmt: skip
-    top = draw_time_line(draw, media, (clips / media.fps).tolist(), n_frames / target_fps) + 30
+    top = draw_time_line(draw, media, times, n_frames / target_fps) + 30
     h, w = (side * n // size for n in resized_shape(media.height, media.width, size))
-    for i, pixels in enumerate(frames):
+    for i, pixels in enumerate(read_frames(path, clips.flatten().tolist(), size)):
         clip, t = divmod(i, n_frames)
         color = SHEET_COLORS[clip % len(SHEET_COLORS)]
         x = 40 + clip % columns * (n_frames * (side + 6) + 24) + t * (side + 6)
         y = top + 30 + clip // columns * (side + 84)
-        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        sheet.paste(picture(pixels, side), (x, y))
         draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=color, width=2)
         if side - h > 20 or side - w > 70:
             middle = ((w + side * (w < h)) // 2, (h + side * (h < w)) // 2)  # of what is right of the picture, or below
             write(draw, (x + middle[0], y + middle[1]), "padding", 15, "#999999", "mm")
         write(draw, (x, y - 30), f"clip {clip + 1}" if t == 0 else "", 20, color)
-        write(draw, (x + side // 2, y + side + 8), f"{clips[clip, t] / media.fps:.2f} s", 18, "#333333", "ma")
+        write(draw, (x + side // 2, y + side + 8), f"{times[clip][t]:.2f} s", 18, "#333333", "ma")
     return sheet.crop((0, 0, 1600, y + side + 54))
 
 
@@ -1867,8 +1848,7 @@ def attention_sheet(path, clips, length, how, seen, each_word=False):
     draw.line((40, y - 14, 1560, y - 14), fill="#333333", width=2)
     write(draw, (40, y), f"All clips, G = {how}", 24)
     draw_bars(draw, (x + 30, y), 1370 - x, seen, seen.ranking, best_first(seen.ranking), "#333333")
-    scale = torch.linspace(0, top, 200)[None].expand(16, -1)
-    sheet.paste(colors(scale, top), (130, y + 60))
+    sheet.paste(colors(torch.linspace(0, top, 200).expand(16, -1), top), (130, y + 60))
     write(draw, (130, y + 80), f"0 to {top:.1%} of the attention, in one cell", 16, "#555555")
     return sheet.crop((0, 0, 1600, y + max(120, 30 * min(5, len(seen.names))) + 20))
 
@@ -1978,42 +1958,32 @@ class Finding(NamedTuple):
     detail: str = ""
 
 
-def check_file(path, stills, deep):
-    """-> (what, detail) of a media file that is not as it should be; None of a good one.
+def check_video(name, folder, stills, deep):
+    """-> a Finding, of no split yet, if a video is not as it should be; None if it is.
 
     deep: decode what 16 test clips would look at, and not only the header.
     """
+    try:
+        path = find_media(folder, name)
+    except DataError as error:
+        return Finding("videos refused", "", name, str(error))
+    if not path:
+        return Finding("videos missing", "", name)
     try:
         media = probe(path)
         if deep:
             read_clips(path, 16, 1, 1.0, 32, train=False)
     except DataError as error:
-        return "videos unreadable", str(error)
+        return Finding("videos unreadable", "", name, str(error))
     if media.num_frames == 1 and not (stills and path.suffix.lower() in IMAGES):
-        return "videos without motion", str(path)
-
-
-def check_videos(names, folder, stills, deep, workers):
-    """-> {name: (what, detail)} of the videos that are not as they should be; every file is opened."""
-    found, paths = {}, {}
-    for name in names:
-        try:
-            paths[name] = find_media(folder, name)
-        except DataError as error:
-            found[name] = "videos refused", str(error)
-    found |= {name: ("videos missing", "") for name, path in paths.items() if not path}
-    paths = {name: path for name, path in paths.items() if path}
-    with ProcessPoolExecutor(workers) as pool:
-        check_one = functools.partial(check_file, stills=stills, deep=deep)
-        results = tqdm(pool.map(check_one, paths.values(), chunksize=8), total=len(paths), unit="file", disable=None)
-        return found | {name: result for name, result in zip(paths, results, strict=True) if result}
+        return Finding("videos without motion", "", name, str(path))
 
 
 def check_texts(split, examples, tokenizer, text_length):
     """Yield a Finding for each example whose text, or whose option behind the question, does not fit."""
     texts = list({text: None for e in examples for text in (e.text, *e.options)})
-    lengths = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    lengths = dict(zip(texts, map(len, lengths), strict=True))
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    lengths = dict(zip(texts, map(len, tokens), strict=True))
     for e in examples:
         length = lengths[e.text] + max((lengths[option] for option in e.options), default=0) + 2  # [CLS] and [SEP]
         if length > text_length:
@@ -2040,8 +2010,8 @@ def check_rows(split, examples, train_videos, answers):
         ids.add(e.id)
 
 
-def check(layout, folder, *, deep=False, text_length=None, bert=None, workers=1):
-    """-> {split: examples}, all Findings, and whose vocabulary has counted the tokens."""
+def check(layout, folder, args):
+    """-> {split: examples}, all Findings, and whose vocabulary has counted the tokens. args: the flags of `check`."""
     splits, found = {}, []
     for split in ("train", "val", "test"):
         try:
@@ -2052,18 +2022,20 @@ def check(layout, folder, *, deep=False, text_length=None, bert=None, workers=1)
     if splits.get("val") == splits.get("test"):
         splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
     splits = {split: examples for split, examples in splits.items() if examples}
-    videos = {split: {e.video: None for e in examples} for split, examples in splits.items()}
-    media = check_videos({name: None for names in videos.values() for name in names}, folder, layout.stills, deep,
-                         workers)  # fmt: skip
     train, everything = splits.get("train", []), [e for examples in splits.values() for e in examples]
-    answers = read_answer_list(folder) or answer_list(
-        [e for e in train if isinstance(e.answer, (str, dict))], layout.top_answers
-    )
-    tokenizer, whose = check_tokenizer(bert, everything)
+    videos = list({e.video: None for e in everything})
+    check_one = functools.partial(check_video, folder=folder, stills=layout.stills, deep=args.deep)
+    with ProcessPoolExecutor(args.workers) as pool:
+        results = tqdm(pool.map(check_one, videos, chunksize=8), total=len(videos), unit="file", disable=None)
+        wrong = {finding.name: finding for finding in results if finding}
+    open_ended = [e for e in train if isinstance(e.answer, (str, dict))]
+    answers = read_answer_list(folder) or answer_list(open_ended, layout.top_answers)
+    tokenizer, whose = check_tokenizer(args.bert, everything)
     for split, examples in splits.items():
-        found += [Finding(media[name][0], split, name, media[name][1]) for name in videos[split] if name in media]
-        found += check_rows(split, examples, videos.get("train", {}).keys(), set(answers))
-        found += check_texts(split, examples, tokenizer, text_length or layout.text_length)
+        names = {e.video: None for e in examples if e.video in wrong}  # in their order, each once
+        found += [wrong[name]._replace(split=split) for name in names]
+        found += check_rows(split, examples, {e.video for e in train}, set(answers))
+        found += check_texts(split, examples, tokenizer, args.text_length)
     return splits, found, whose
 
 
@@ -2082,14 +2054,13 @@ def print_check(splits, found):
     """A column for each split, a line for each kind of finding; then the first of each kind, and what to do."""
     counts = Counter((finding.what, finding.split) for finding in found)
     columns = [s for s in ("train", "val", "test") if s in splits or any(finding.split == s for finding in found)]
-    lines = {"examples": {s: len(splits.get(s, ())) for s in columns},
-             "videos": {s: len({e.video for e in splits.get(s, ())}) for s in columns}}  # fmt: skip
-    lost = {s: counts["videos missing", s] + counts["videos refused", s] for s in columns}
-    lines["videos found"] = {s: lines["videos"][s] - lost[s] for s in columns}
-    lines |= {what: {s: counts[what, s] for s in columns} for what in FINDINGS}
+    for s, examples in splits.items():
+        counts["examples", s], counts["videos", s] = len(examples), len({e.video for e in examples})
+        counts["videos found", s] = counts["videos", s] - counts["videos missing", s] - counts["videos refused", s]
     print(f"{'':24}" + "".join(f"{split:>12}" for split in columns))
-    for what, line in lines.items():
-        print(f"{what:24}" + "".join(f"{f'{line[s]:,}' if line[s] else '-':>12}" for s in columns))
+    for what in ("examples", "videos", "videos found", *FINDINGS):
+        numbers = (f"{counts[what, s]:,}" if counts[what, s] else "-" for s in columns)
+        print(f"{what:24}" + "".join(f"{number:>12}" for number in numbers))
     for what, remedy in FINDINGS.items():
         if of_kind := [finding for finding in found if finding.what == what]:
             print(f"\n{what}: {len(of_kind):,} ({remedy.removeprefix('! ')})")
@@ -2139,14 +2110,14 @@ def run_check(args):
     task = ALIASES.get(args.task, args.task)
     layout = LAYOUTS[task]
     where = args.data or toy_data(layout.toy) / layout.toy
-    splits, found, whose = check(layout, where, deep=args.deep, text_length=args.text_length, bert=args.bert,
-                                 workers=args.workers)  # fmt: skip
-    print(f"{task} in {where}; tokens, at most {args.text_length or layout.text_length}, counted with {whose}\n")
+    args.text_length = args.text_length or layout.text_length
+    splits, found, whose = check(layout, where, args)
+    print(f"{task} in {where}; tokens, at most {args.text_length}, counted with {whose}\n")
     print_check(splits, found)
     if args.report:
-        rows = [Finding._fields, *found]
-        args.report.write_text("".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows),
-                               encoding="utf-8")  # fmt: skip
+        with open(args.report, "w", encoding="utf-8") as file:
+            for row in (Finding._fields, *found):
+                print(*(" ".join(cell.split()) for cell in row), sep="\t", file=file)
     stops = sorted({finding.what for finding in found if FINDINGS[finding.what][0] == "!"})
     print(f"\na run would stop: {', '.join(stops)}" if stops else "\nnothing here would stop a run")
     return bool(stops)
