@@ -31,6 +31,7 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -590,11 +591,15 @@ def _ffmpeg(path, arguments):
     return done.stdout, done.stderr.decode("utf-8", "replace")  # titles in old files are often not UTF-8
 
 
+def _cores():
+    """How many to use for one video: in a data loader's worker one, as its brothers keep the others busy."""
+    return 1 if multiprocessing.parent_process() else min(2, os.cpu_count())
+
+
 def _input(path, *options):
     # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an address.
-    threads = "1" if torch.utils.data.get_worker_info() else "2"  # several workers keep the cores busy as it is
     return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels", str(MAX_PIXELS),
-            "-threads", threads, *options, "-i", "file:" + path]  # fmt: skip
+            "-threads", str(_cores()), *options, "-i", "file:" + path]  # fmt: skip
 
 
 def _find(pattern, text):
@@ -660,8 +665,7 @@ def _count_packets(path, fps):
 def _read_video(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
     frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
-    idle = os.cpu_count() > 1 and not torch.utils.data.get_worker_info()  # several workers keep the cores busy
-    shares = _share(media, wanted) if idle else [wanted]
+    shares = _share(media, wanted) if _cores() > 1 else [wanted]
     segments = [_plan(media, share) for share in shares]
     groups = [part[k : k + SEEKS] for part in segments for k in range(0, len(part), SEEKS)]
     targets = frames.split([sum(len(indices) for _, indices in group) for group in groups])
