@@ -819,8 +819,9 @@ def read_cached(path, kept, indices, size):
             jpeg = io.BytesIO(file.read(starts[k + 1] - starts[k]))
             try:
                 with Image.open(jpeg, formats=("JPEG",)) as image:
-                    frame[:, : image.height, : image.width] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            except (OSError, RuntimeError):
+                    for plane, channel in zip(frame, image.split(), strict=True):
+                        plane[: image.height, : image.width] = torch.from_numpy(np.array(channel))
+            except (OSError, RuntimeError, ValueError):
                 raise DataError(f"{file.name}: damaged; remove it and write it again") from None
     return frames
 
