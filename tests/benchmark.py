@@ -571,21 +571,27 @@ def same_ranks(run, model, examples, n_clips):
 def two_stages(run, model, examples, n_clips):
     """All pairs on all clips against: all pairs on one clip, a share of them on all clips."""
     texts, columns, rows = [e.text for e in examples], range(len(examples)), {}
+    began = time.perf_counter()
+    grids, _ = finetune.encode_videos(run, model, examples, n_clips)
+    encoding = time.perf_counter() - began
     for share in (1, 0.3, 0.2, 0.1):
         K = round(share * len(examples))
         began = time.perf_counter()
-        scores = our_order(run, model, texts, examples, n_clips, K)
+        scores = finetune.score_pairs(run, model, texts, grids, K)
         seconds, metrics = time.perf_counter() - began, finetune.retrieval_metrics(scores, columns)
         rows[K] = seconds, metrics["text_to_video"]["r1"], metrics["video_to_text"]["r1"]
-    exhaustive = rows[len(examples)]
-    print(f"\nTwo stages: {len(texts)} captions x {len(texts)} videos x {n_clips} clips, one run each\n"
-          f"{'':44}{'seconds':>11}{'speed':>9}{'R@1 t2v':>9}{'R@1 v2t':>9}")  # fmt: skip
-    for K, (seconds, *r1) in rows.items():
+    everything, r1, _ = rows[len(examples)]
+    print(f"\nTwo stages: {len(texts)} captions x {len(texts)} videos x {n_clips} clips, one run each; before them all "
+          f"videos are encoded, once, in {encoding:.1f} s\n"
+          f"{'':28}{'scoring, s':>11}{'speed':>8}{'... with encoding':>19}{'R@1 t2v':>9}{'R@1 v2t':>9}")  # fmt: skip
+    good = [0.0]
+    for K, (seconds, *both) in rows.items():
         name = f"--rerank {K}" if K < len(texts) else "exhaustive"
-        print(f"{name:44}{seconds:11.1f}{exhaustive[0] / seconds:8.1f}x" + "".join(f"{value:9.1f}" for value in r1))
-    good = {K: exhaustive[0] / row[0] for K, row in rows.items() if abs(row[1] - exhaustive[1]) <= 0.5}
-    best = max(good.values())
-    print(f"target: 4x with R@1 (text to video) within 0.5, {'reached' if best >= 4 else 'MISSED'} ({best:.1f}x)")
+        speeds = everything / seconds, (everything + encoding) / (seconds + encoding)
+        print(f"{name:28}{seconds:11.1f}{speeds[0]:7.1f}x{speeds[1]:18.1f}x" + "".join(f"{r:9.1f}" for r in both))
+        good += [speeds[1]] if abs(both[0] - r1) <= 0.5 else []
+    print(f"target: 4x with encoding and R@1 (text to video) within 0.5, {'reached' if max(good) >= 4 else 'MISSED'} "
+          f"({max(good):.1f}x)")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
