@@ -230,6 +230,15 @@ def test_two_processes_share_the_work_where_that_helps():
     assert media._share(video._replace(keys=()), [10, 300, 490]) == [[10, 300, 490]]  # no seeking in this container
 
 
+@pytest.mark.parametrize("came, whole", [(1, False), (2, True), (5, True)])
+def test_frames_that_ffmpeg_gives_too_few_or_too_many_of(monkeypatch, came, whole):
+    video = media.Media(50, 25.0, W, H, 0.0, "ffmpeg", (0,))
+    monkeypatch.setattr(media, "_ffmpeg", lambda *_: (bytes([7]) * (came * 3 * SIZE**2), ""))
+    frames = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)
+    assert media._decode("video.mp4", video, [(0, [3, 9])], frames) == whole
+    assert frames.eq(7).flatten(1).all(1).tolist() == [True, whole]
+
+
 def test_more_seeks_than_one_process_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(media, "SEEKS", 2)
     path = make_video(tmp_path / "video.mp4", 200, *X264, "-g", 12)
