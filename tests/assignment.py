@@ -52,8 +52,8 @@ EXERCISES = {
         draws each start uniformly from that range, each clip for itself. Testing takes clip i of n at i/n of the range,
         and a single clip from its middle. The first frame of a clip is the first one that begins no earlier than its
         start: round up. From it, the T frames are spread evenly from the first to the last frame of the clip (a clip
-        of 30 frames ends 29 after its first); here, round down. Beyond the end of the video its last frame is
-        repeated.""",
+        of 30 frames ends 29 after its first); here, round down. A clip shorter than a frame is that frame. Beyond the
+        end of the video its last frame is repeated.""",
     ),
     2: Exercise(
         "Resize and pad", 6, "data", ("resized_shape", "resize_and_pad"), "section 4, implementation",
@@ -68,7 +68,7 @@ EXERCISES = {
         of the grid the embedding of its row and that of its column, unroll the grid row by row, add the one embedding
         that says "I am visual", then LayerNorm and dropout. In pretraining a random sample of `keep` tokens is enough
         (the same places for all images of the batch): draw it where tokens know their places already. A grid with more
-        rows or columns than there are embeddings is a ValueError that says how many it has.""",
+        rows or columns than there are embeddings is a ValueError that says how many rows or columns the grid has.""",
     ),
     4: Exercise(
         "Text and grid in one sequence", 10, "clipbert", ("VideoTextEncoder.fuse",), "section 3, model architecture",
@@ -112,7 +112,8 @@ EXERCISES = {
         that is not said of this image (`own` is in lower case), and gives up after a hundred tries. `draw_captions`
         returns n captions of an image with n labels: right and wrong ones take turns, and a coin decides which comes
         first; right ones are drawn in random order and are only repeated where there are too few. Where no wrong one
-        can be found (`self.draw_mismatch(image, generator)` is None), a right one takes its place, labelled so.""",
+        can be found (`self.draw_mismatch(image, generator)` is None), a right one takes its place, labelled so, and may
+        be there twice. Captions and labels are two lists; caption_of takes a Python int.""",
     ),
     10: Exercise(
         "Gradient accumulation", 8, "exercises", ("accumulate_gradients",), "section 4, implementation",
@@ -131,7 +132,8 @@ EXERCISES = {
         """Recall, median and mean rank of texts that look for their video and videos that look for their text. A rank
         is 1 + how many score higher + half of how many others score the same, so that a model with one score for all
         gains nothing. From video to text there may be several right answers: the best one counts, and the others are no
-        rivals to it. A video that no caption describes looks for nothing. `recalls` turns ranks into numbers.""",
+        rivals to it. A video that no caption describes looks for nothing. `mean_rank` returns a tensor, which `recalls`
+        turns into numbers.""",
     ),
     13: Exercise(
         "FrozenBatchNorm", 4, "exercises", ("FrozenBatchNorm.__init__", "FrozenBatchNorm.forward"),
@@ -230,7 +232,9 @@ out. Then
 
 An exercise's points are given if all of its tests pass. They do not depend on each other: begin where you like.
 You may write helper functions and import what requirements.txt brings. Keep names, parameters and everything else as
-it is; the tests that count are our own copy. When all is done, `python finetune.py --task tgif_qa` trains again."""]
+it is; the tests that count are our own copy. What a function creates lies on the device of its inputs. README.md is the
+whole project's: its line counts and most of its tests and tools are not in this copy. When all is done, `python
+finetune.py --task tgif_qa` trains again."""]
     for number, exercise in EXERCISES.items():
         names = ", ".join(f"`{name}`" for name in exercise.functions)
         parts.append(f"## Exercise {number}: {exercise.title} ({exercise.points} points)\n\n"

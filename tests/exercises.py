@@ -12,10 +12,11 @@ def accumulate_gradients(model, optimizer, batches, loss_of, max_norm):
         gradient = 1/k sum_j  d loss_of(model, batches[j]) / d parameters,     clipped to norm max_norm, then one step
 
     batches: a list of k >= 1; each counts the same. loss_of(model, batch) -> scalar, the mean over that batch. No more
-    than one batch's activations are in memory at a time. Gradients that the model still holds from before don't count.
+    than one batch's activations are in memory at a time. Gradients that the model still holds from before don't count;
+    every trainable parameter of the model is in the optimizer.
     -> (mean of the k losses, norm of the gradient before it was clipped): scalar tensors that hold no graph.
     """
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     mean_loss = 0.0
     for batch in batches:
         loss = loss_of(model, batch) / len(batches)

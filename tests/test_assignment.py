@@ -18,6 +18,9 @@ OTHERS = (HERE / "other_solutions.py").read_text(encoding="utf-8")
 # What students get wrong: {exercise: [(what, a piece of the other solution, what stands there instead)]}.
 MISTAKES = {
     1: [
+        ("a single training clip in the middle", "if train:", "if train and n_clips > 1:"),
+        ("starts of whole frames", "generator=generator).double() * free", "generator=generator).double() * int(free)"),
+        ("before the video", "if n_frames > 1 and length > 1:", "if n_frames > 1:"),
         ("ends left out", "(length - 1) * steps", "length * steps"),
         ("frames spread to the next clip's first", "/ (n_frames - 1)", "/ n_frames"),
         ("start rounded down", "start.ceil()", "start.floor()"),
@@ -47,6 +50,10 @@ MISTAKES = {
         ("clip cut to whole frames", "n_frames * fps / target_fps", "int(n_frames * fps / target_fps)"),
     ],
     2: [
+        ("floats cut to a byte's range",
+         "    if frames.dtype == torch.uint8:\n        exact = (exact + 0.5).floor().clamp(0, 255)",
+         "    exact = (exact + 0.5).floor().clamp(0, 255) if frames.dtype == torch.uint8 else exact.clamp(0, 255)"),
+        ("on the CPU, whatever the input's device", ", device=frames.device)", ")"),
         ("corners aligned", 'mode="bilinear", antialias=False', 'mode="bilinear", align_corners=True'),
         ("antialiased", "antialias=False", "antialias=True"),
         ("nearest pixel", 'mode="bilinear", antialias=False', 'mode="nearest"'),
@@ -71,6 +78,8 @@ MISTAKES = {
          "        frames[..., :1] = 0\n        out[..., :height, :width] = frames\n        return out"),
     ],
     3: [
+        ("neighbouring places", "torch.multinomial(torch.ones(h * w, device=grid.device), keep)",
+         "(torch.arange(keep, device=grid.device) + torch.randint(h * w, ())) % (h * w)"),
         ("sum for mean", " / T + ", " + "),
         ("first frame only", "grid.sum(dim=1)", "grid[:, 0] * T"),
         ("middle frame only", "grid.sum(dim=1)", "grid[:, T // 2] * T"),
@@ -108,6 +117,9 @@ MISTAKES = {
         ("in place", "B, T, h, w, d = grid.shape", "B, T, h, w, d = grid.shape\n        grid.data.mul_(1.01)"),
     ],
     4: [
+        ("dropout that is not its own", "return states, self.bert.pooler(states)",
+         "return states, self.dropout(self.bert.pooler(states))"),
+        ("on the CPU, whatever the input's device", "device=hide.device).masked_fill", ").masked_fill"),
         ("padding seen", "attention_mask == 0", "attention_mask != attention_mask"),
         ("polarity", "attention_mask == 0", "attention_mask == 1"),
         ("grid masked", "value=False", "value=True"),
@@ -136,6 +148,10 @@ MISTAKES = {
         ("grid without gradient", "(grid, keep=keep)[owner]", "(grid, keep=keep)[owner].detach()"),
     ],
     5: [
+        ("any name where there is one clip", "    n = logits.shape[0]\n",
+         "    n = logits.shape[0]\n    if n == 1:\n        return logits[0]\n"),
+        ("in single precision", "return logits.max(dim=0).values",
+         "return logits.float().max(dim=0).values.to(logits.dtype)"),
         ("softmax before the mean", 'torch.einsum("nbk->bk", logits)', "logits.softmax(-1).sum(0)"),
         ("sum for mean", " / n", ""),
         ("mean over answers", "    return torch.einsum", "    n = logits.shape[2]\n        return torch.einsum"),
@@ -192,6 +208,12 @@ MISTAKES = {
         ("unknown passes", 'if kind == "rank":', "if True:"),
     ],
     7: [
+        ("always the same number", "chosen = (torch.rand(input_ids.shape, generator=generator) < rate) & ~special",
+         "draw = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 2.0)\n"
+         "    order = draw.flatten().argsort().argsort().view(draw.shape)\n"
+         "    chosen = (order < round(rate * int((~special).sum()))) & ~special"),
+        ("one die for a whole text", "fate = torch.rand(input_ids.shape, generator=generator)",
+         "fate = torch.rand(*input_ids.shape[:-1], 1, generator=generator).expand(input_ids.shape)"),
         ("special tokens chosen", " & ~special", ""),
         ("padding chosen", "for token in tokenizer.all_special_ids:", "for token in (1, 2, 3, 4):"),
         ("only padding spared", "for token in tokenizer.all_special_ids:", "for token in (tokenizer.pad_token_id,):"),
@@ -225,6 +247,8 @@ MISTAKES = {
         ("always the same", "chosen = (", "generator.manual_seed(0)\n    chosen = ("),
     ],
     8: [
+        ("all in half precision", "scores[masked].float()",
+         "(scores[masked] if over == 'all' else scores[masked].float())"),
         ("over all by default", 'over="masked"', 'over="all"'),
         ("names confused", 'if over == "all"', 'if over == "masked"'),
         ("all is the masked mean", "labels.numel() if", "masked.sum() if"),
@@ -249,6 +273,8 @@ MISTAKES = {
         ("detached", "-log_p.gather", "-log_p.detach().gather"),
     ],
     9: [
+        ("thirty tries", "tries < 100", "tries < 30"),
+        ("part of an own caption", "text.lower() in own", "any(text.lower() in mine for mine in own)"),
         ("own captions drawn", "if text.lower() in own:", "if False:"),
         ("capitals tell", "text.lower() in own", "text in own"),
         ("lower case returned", "            return text", "            return text.lower()"),
@@ -305,6 +331,8 @@ MISTAKES = {
         ("one batch fewer", "in batches:\n        loss =", "in batches[:-1] or batches:\n        loss ="),
     ],
     11: [
+        ("small learning rates made larger", "return max(share * peak, 0.0) if share > 0 else 1e-8",
+         "return max(share * peak, 1e-8)"),
         ("integer division", "share = step / warmup", "share = step // warmup"),
         ("counted from 0", "share = step / warmup", "share = (step - 1) / warmup"),
         ("one step late", "share = step / warmup", "share = step / (warmup + 1)"),
@@ -329,6 +357,9 @@ MISTAKES = {
         ("1e-8 times the peak", "else 1e-8", "else 1e-8 * peak"),
     ],
     12: [
+        ("in single precision", "np.asarray(own), np.asarray(scores)", "np.float32(own), np.float32(scores)"),
+        ("scores overwritten", "column = scores[:, video].clone()",
+         "column = scores[:, video]\n        column -= column.min()"),
         ("ranks from 0", "lucky = 1 + (scores > own)", "lucky = (scores > own)"),
         ("lucky ties", "(lucky + unlucky) / 2", "lucky / 1"),
         ("unlucky ties", "(lucky + unlucky) / 2", "unlucky / 1"),
@@ -353,6 +384,8 @@ MISTAKES = {
         ("row for column", "column = scores[:, video].clone()", "column = scores[video % len(scores)].clone()"),
     ],
     13: [
+        ("only single precision", "return nn.functional.batch_norm(\n            x,",
+         "return nn.functional.batch_norm(\n            x.float(),"),
         ("statistics of the batch", "training=False", "training=self.training"),
         ("always statistics of the batch", "training=False", "training=True"),
         ("statistics of the batch, numbers kept", "x, self.running_mean, self.running_var,",
@@ -511,7 +544,7 @@ def test_grading_survives_what_students_write(copy, monkeypatch, capsys):
     assert assignment.grade(copy) == EXERCISES[5].points
     lines = capsys.readouterr().out.splitlines()
     assert "data.py: SyntaxError" in lines[1] and " 0 of 10" in lines[1]
-    assert lines[2].endswith("8 of 8") and " 6 of  6" in lines[2]
+    assert lines[2].endswith("10 of 10") and " 6 of  6" in lines[2]
     assert "ended without an answer" in lines[3]
     assert lines[-1].split() == ["all", "6", "of", "24"]
     monkeypatch.setattr(assignment, "EXERCISES", {12: EXERCISES[12]})

@@ -142,6 +142,24 @@ def test_exercise1_the_generator_decides():
     assert data.sample_clips(300, 30.0, 8, 2, 2, True).shape == (8, 2)  # None: torch's own
 
 
+def test_exercise1_a_single_training_clip_is_random_too():
+    starts = [sample(300, 30.0, 1, 2, 2, train=True, seed=i)[0, 0].item() for i in range(100)]
+    assert len(set(starts)) > 50 and min(starts) < 40 and max(starts) > 230
+
+
+def test_exercise1_training_starts_are_no_whole_numbers_and_rounded_up():
+    assert sample(2, 1.0, 400, 1, 1, train=True).eq(1).all()  # starts in (0, 1]
+    first = sample(3, 1.0, 4000, 1, 0.8, train=True)[:, 0]  # 0 to 1.75: frame 1 from (0, 1], frame 2 from (1, 1.75]
+    assert abs((first == 2).float().mean() - 0.75 / 1.75) < 0.04
+
+
+def test_exercise1_a_clip_shorter_than_a_frame_is_that_frame():
+    for train in (False, True):
+        clips = sample(10, 0.2, 8, 2, 2, train=train)
+        assert clips.min() >= 0 and clips[:, 0].equal(clips[:, 1])
+    assert sample(10, 0.2, 8, 2, 2)[0].tolist() == [0, 0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Exercise 2: resize and pad
 
@@ -200,7 +218,8 @@ def test_exercise2_any_leading_axes():
     assert data.resize_and_pad(frames[0], 12).equal(padded[0])
     assert data.resize_and_pad(frames[1, 2, 3], 12).equal(padded[1, 2, 3])
     tall = data.resize_and_pad(frames.transpose(-1, -2), 12)  # padded on the right; not contiguous
-    assert tall.equal(padded.transpose(-1, -2)) and tall[..., 8:].eq(0).all() and tall[..., :8].gt(0).any()
+    assert tall[..., 8:].eq(0).all() and tall[..., :8].gt(0).any()
+    assert (tall.int() - padded.transpose(-1, -2).int()).abs().max() <= 1  # a half may be rounded either way
 
 
 def test_exercise2_the_right_size_stays_as_it_is():
@@ -210,6 +229,21 @@ def test_exercise2_the_right_size_stays_as_it_is():
     assert padded[:, :, :10].equal(frames) and padded[:, :, 10:].eq(0).all()
     square = data.resize_and_pad(frames[..., :10], 10)
     assert square.equal(before[..., :10]) and frames.equal(before)
+
+
+def test_exercise2_floats_keep_their_range_and_precision():
+    frames = torch.tensor([-300.0, 900.0]).view(1, 1, 2).expand(3, 2, 2)
+    assert data.resize_and_pad(frames, 2).equal(frames)
+    larger = data.resize_and_pad(frames, 4)
+    assert (larger.min(), larger.max()) == (-300, 900)
+    double = normal(3, 4, 6).double() + 1e-9
+    close(data.resize_and_pad(double, 6)[:, :4], double, 1e-12)
+
+
+def test_exercise2_on_any_device():
+    frames = normal(3, 4, 6)
+    with torch.device("meta"):
+        assert data.resize_and_pad(frames, 9).device == frames.device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,6 +353,15 @@ def test_exercise3_gradients_reach_every_frame_and_table_on_any_device():
     close(grid.grad, torch.full_like(grid, 0.25))
     close(module.row_position_embeddings.weight.grad[:4, 0], [6.0, 6.0, 6.0, 0.0])
     close(module.col_position_embeddings.weight.grad[:4, 0], [6.0, 6.0, 6.0, 0.0])
+
+
+def test_exercise3_kept_places_are_any_places_by_torchs_seed():
+    module, grid = visual_embedding(), normal(1, 1, 3, 4, 32)
+    tokens = module(grid)[0]
+    pairs = {frozenset(torch.cdist(module(grid, keep=2)[0], tokens).argmin(1).tolist()) for _ in range(600)}
+    assert len(pairs) > 60  # of 66: neither neighbours nor a regular pattern
+    once, again = (torch.manual_seed(1) and module(grid, keep=5) for _ in range(2))
+    assert once.equal(again)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -462,6 +505,22 @@ def test_exercise4_gradients_reach_cells_and_words():
     assert set(seen.nonzero().flatten().tolist()) == set(ids[mask.bool()].tolist())
 
 
+def test_exercise4_drops_nothing_by_itself():
+    torch.manual_seed(0)
+    model = clipbert.ClipBert(replace(TINY, dropout=0.5), 2).eval()
+    model.dropout.train()  # the one of `classify`, which comes later
+    grid, (ids, mask) = normal(2, 1, 2, 3, 32), texts(6, 4)
+    hidden, pooled = fuse(model, grid, ids, mask)
+    close(pooled, model.bert.pooler(hidden))
+    close(fuse(model, grid, ids, mask)[0], hidden)
+
+
+def test_exercise4_on_any_device():
+    model, grid, (ids, mask) = encoder(), normal(2, 1, 2, 3, 32), texts(6, 4)
+    with torch.device("meta"):
+        assert fuse(model, grid, ids, mask)[1].device == grid.device
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Exercise 5: from clips to a video
 
@@ -532,6 +591,18 @@ def test_exercise5_refuses_an_unknown_name():
         with pytest.raises(ValueError):
             clipbert.aggregate_clips(torch.zeros(2, 1, 1), how)
     assert clipbert.aggregate_clips(torch.zeros(2, 1, 1), "max").shape == (1, 1)
+
+
+def test_exercise5_refuses_an_unknown_name_of_one_clip_too():
+    with pytest.raises(ValueError):
+        clipbert.aggregate_clips(torch.zeros(1, 1, 1), "median")
+
+
+def test_exercise5_double_precision_stays():
+    logits = torch.tensor([[[1.0]], [[1.0 + 1e-10]]], dtype=torch.float64)
+    for how, expected in (("max", 1e-10), ("mean", 5e-11), ("lse", 5e-11 + math.log(2))):
+        expected = torch.tensor([[expected]], dtype=torch.float64)
+        close(clipbert.aggregate_clips(logits, how) - 1, expected, 1e-14)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -642,6 +713,15 @@ def test_exercise6_refuses_an_unknown_kind():
     assert clipbert.video_loss(torch.zeros(1, 1), torch.zeros(1), "count") == 0
 
 
+def test_exercise6_on_any_device():
+    cases = {"choice": (4, 1), "answer": (2, 3), "soft": (2, 3), "match": (2, 2), "rank": (4, 1), "count": (2, 1)}
+    targets = {"soft": torch.ones(2, 2), "rank": torch.tensor([1, 0, 1, 0])}
+    cases = {kind: (torch.ones(shape), targets.get(kind, torch.tensor([1, 0]))) for kind, shape in cases.items()}
+    with torch.device("meta"):
+        for kind, (p, target) in cases.items():
+            assert clipbert.video_loss(p, target, kind).device == p.device, kind
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Exercise 7: which words to mask
 
@@ -731,6 +811,32 @@ def test_exercise7_the_generator_decides():
     assert not data.mask_tokens(ids, TOKENIZER, generator)[1].equal(first[1])  # it goes on
 
 
+def test_exercise7_each_word_is_chosen_by_chance_of_its_own():
+    ids, generator = word_ids(20), seeded(0)
+    counts = [(data.mask_tokens(ids, TOKENIZER, generator)[1] != -100).sum().item() for _ in range(1500)]
+    counts = torch.tensor(counts).double()
+    assert abs(counts.mean() - 3) < 0.25 and abs(counts.var() - 20 * 0.15 * 0.85) < 0.5  # now more, now fewer
+    assert abs((counts == 0).double().mean() - 0.85**20) < 0.025  # and now and then none
+
+
+def test_exercise7_each_chosen_word_has_a_die_of_its_own():
+    ids, generator, masks, same, chosen = word_ids(6), seeded(0), 0, 0, 0
+    for _ in range(4000):  # mostly one chosen word at a time
+        masked, labels = data.mask_tokens(ids, TOKENIZER, generator)
+        picked = labels != -100
+        chosen += picked.sum().item()
+        masks += (masked == TOKENIZER.mask_token_id)[picked].sum().item()
+        same += (masked == ids)[picked].sum().item()
+    assert masks / chosen == pytest.approx(0.8 + 0.1 / len(TOKENIZER), abs=0.03)
+    assert same / chosen == pytest.approx(0.1 + 0.1 / len(TOKENIZER), abs=0.025)
+    ids = word_ids(20000, 2)
+    masked, _ = mask_tokens(ids, rate=1.0)
+    is_mask = (masked == TOKENIZER.mask_token_id).double()
+    assert abs(is_mask.T.corrcoef()[0, 1]) < 0.05  # of the two words of a text
+    assert abs(torch.stack([is_mask[::2, 0], is_mask[1::2, 0]]).corrcoef()[0, 1]) < 0.05  # of neighbouring texts
+    assert len(masked[(masked != TOKENIZER.mask_token_id) & (masked != ids)].unique()) > 20
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Exercise 8: the loss of masked words
 
@@ -798,6 +904,20 @@ def test_exercise8_refuses_an_unknown_average():
         with pytest.raises(ValueError):
             clipbert.mlm_loss(torch.zeros(1, 2, 3), torch.tensor([[0, -100]]), over=over)
     close(clipbert.mlm_loss(torch.zeros(1, 2, 3), torch.tensor([[0, -100]])), math.log(3))
+
+
+def test_exercise8_both_averages_are_computed_in_float32():
+    half, labels = (20 * normal(4, 6, 9)).half(), torch.arange(6).expand(4, 6)
+    for over in ("masked", "all"):
+        loss = clipbert.mlm_loss(half, labels, over=over)
+        close(loss, clipbert.mlm_loss(half.float(), labels, over=over))
+        assert loss.dtype == clipbert.mlm_loss(half, torch.full((4, 6), -100), over=over).dtype == torch.float32
+
+
+def test_exercise8_on_any_device():
+    scores, labels = torch.zeros(1, 2, 3), [torch.tensor([[0, -100]]), torch.tensor([[-100, -100]])]
+    with torch.device("meta"):
+        assert all(clipbert.mlm_loss(scores, some).device == scores.device for some in labels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -905,6 +1025,34 @@ def test_exercise9_right_captions_of_an_image_differ_while_there_are_enough():
 def test_exercise9_where_nothing_is_wrong_all_is_right():
     for _, captions, labels in drawn(captioned(("a dog",), ("A dog",)), 2, 10):
         assert list(labels) == [1, 1] and {caption.lower() for caption in captions} == {"a dog"}
+
+
+def test_exercise9_gives_up_after_a_hundred_tries():
+    asked = []
+    assert data.draw_mismatch(lambda i: asked.append(i) or "A dog", 3, {"a dog"}, seeded(0)) is None
+    assert len(asked) == 100
+
+
+def test_exercise9_part_of_an_own_caption_is_another():
+    assert data.draw_mismatch(lambda i: "a dog", 1, {"a dog runs"}, seeded(0)) == "a dog"
+    assert data.draw_mismatch(lambda i: "a dog runs", 1, {"a dog"}, seeded(0)) == "a dog runs"
+
+
+def test_exercise9_right_ones_come_in_every_order():
+    orders = Counter(
+        tuple(caption for caption, label in zip(captions, labels, strict=True) if label)
+        for image, captions, labels in drawn(captioned(("a", "b", "c"), ("x",)), 6, 600) if image.video == "0.png"
+    )  # fmt: skip
+    assert len(orders) == 6 and min(orders.values()) > 20
+
+
+def test_exercise9_wrong_ones_differ_and_labels_are_numbers():
+    differ = 0
+    for _, captions, labels in drawn(PHOTOS, 4, 100):
+        assert torch.tensor(labels).dtype == torch.int64
+        one, other = (caption for caption, label in zip(captions, labels, strict=True) if not label)
+        differ += one != other
+    assert differ > 90
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1042,6 +1190,40 @@ def test_exercise10_frozen_and_unused_parameters_stay():
     close(norm, update(batches)[1])
 
 
+def test_exercise10_the_gradient_is_that_of_all_parameter_groups():
+    found = []
+    for two_groups in (True, False):
+        model, batches = regression()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": parameters[:1]}, {"params": parameters[1:]}] if two_groups else parameters
+        before = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        _, norm = exercises.accumulate_gradients(model, optimizer, batches, squared_error, 0.01)
+        steps = torch.cat([(p.detach() - b).flatten() for p, b in zip(parameters, before, strict=True)])
+        close(steps.norm(), 0.1 * 0.01, 1e-6)
+        found.append((norm, steps))
+    close(found[0][0], found[1][0])
+    close(found[0][1], found[1][1], 1e-7)
+
+
+def test_exercise10_each_batch_counts_the_same_whatever_it_is():
+    model = nn.Linear(1, 1, bias=False)
+    for batches in ([[[1.0]], [[5.0], [5.0], [5.0]]], [{"x": [[1.0]]}, {"x": [[5.0]]}]):  # of other sizes; no tensors
+        nn.init.constant_(model.weight, 2.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        loss, norm = exercises.accumulate_gradients(
+            model, optimizer, batches, lambda m, b: m(torch.tensor(b["x"] if isinstance(b, dict) else b)).mean(), 100.0
+        )
+        close((loss, norm, model.weight.item()), (6.0, 3.0, 0.5))
+
+
+def test_exercise10_a_gradient_of_zero():
+    model = nn.Linear(1, 1, bias=False)
+    before, optimizer = model.weight.item(), torch.optim.SGD(model.parameters(), lr=0.5)
+    _, norm = exercises.accumulate_gradients(model, optimizer, [torch.zeros(1, 1)], lambda m, x: m(x).mean(), 1.0)
+    assert norm == 0 and model.weight.item() == before
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Exercise 11: the learning rate
 
@@ -1092,6 +1274,10 @@ def test_exercise11_is_in_proportion_to_the_peak():
         small, large = (clipbert.learning_rate(step, 100, peak) for peak in (1e-5, 1e-3))
         assert large == pytest.approx(100 * small)
         assert isinstance(small, float)
+
+
+def test_exercise11_small_is_not_zero():
+    assert clipbert.learning_rate(999_999, 1_000_000, 1e-4) == pytest.approx(1e-4 / 900_000)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1189,6 +1375,20 @@ def test_exercise12_recalls_and_medians():
     )
 
 
+def test_exercise12_only_exact_ties_are_ties():
+    row = torch.tensor([[0.5, 0.5 + 1e-12, 0.5 + 2e-12]], dtype=torch.float64)
+    close(finetune.mean_rank(row[:, :1], row).double(), torch.tensor([3.0]).double())
+    scores = torch.tensor([[0.5, 0.5 + 1e-12], [0.0, 1.0]], dtype=torch.float64)
+    assert finetune.retrieval_metrics(scores, [0, 1])["text_to_video"]["mean_rank"] == 1.5
+
+
+def test_exercise12_scores_are_left_as_they_are():
+    scores = normal(6, 3)
+    before = scores.clone()
+    finetune.retrieval_metrics(scores, [0, 0, 1, 1, 2, 2])
+    assert scores.equal(before)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Exercise 13: FrozenBatchNorm
 
@@ -1264,3 +1464,17 @@ def test_exercise13_gradients_pass_through():
     (ours.train()(x) * weights).sum().backward()
     (theirs(y) * weights).sum().backward()
     close(x.grad, y.grad)
+
+
+def test_exercise13_of_weights_that_are_loaded_after_use():
+    ours, theirs = batch_norms()
+    x, new = normal(2, 4, 3, 3), exercises.FrozenBatchNorm(4)
+    new(x)
+    new.load_state_dict(ours.state_dict())
+    close(new(x), theirs(x))
+
+
+def test_exercise13_in_double_precision():
+    ours, theirs = batch_norms()
+    x = normal(2, 4, 3, 3).double()
+    close(ours.double()(x), theirs.double()(x), 1e-10)
