@@ -209,9 +209,9 @@ MISTAKES = {
     ],
     7: [
         ("always the same number", "chosen = (torch.rand(input_ids.shape, generator=generator) < rate) & ~special",
-         "draw = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 2.0)\n"
+         ("draw = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 2.0)\n"
          "    order = draw.flatten().argsort().argsort().view(draw.shape)\n"
-         "    chosen = (order < round(rate * int((~special).sum()))) & ~special"),
+         "    chosen = (order < round(rate * int((~special).sum()))) & ~special")),
         ("one die for a whole text", "fate = torch.rand(input_ids.shape, generator=generator)",
          "fate = torch.rand(*input_ids.shape[:-1], 1, generator=generator).expand(input_ids.shape)"),
         ("special tokens chosen", " & ~special", ""),
