@@ -699,8 +699,8 @@ def _landing(media, i):
 
 
 def _share(media, wanted):
-    """The wanted indices for two processes on two cores: cut where both have about as many frames to decode; uncut where
-    a second process would hardly help, as in a short video, which has its only key frame at the start."""
+    """The wanted indices for two processes on two cores: cut where both have about as many frames to decode; uncut
+    where a second process would hardly help, as in a short video, which has its only key frame at the start."""
 
     def work(i, decoded):  # frames to decode until i is there
         return i - max(decoded, _landing(media, i) - SEEK_COST)
