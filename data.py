@@ -103,13 +103,6 @@ def sample_clips(
     return torch.tensor([[min(math.ceil(s) + o, num_frames - 1) for o in offsets] for s in starts])
 
 
-def choose_clips(read, num_frames, fps, n_clips, n_frames, target_fps, train, generator=None, select="uniform"):
-    """`sample_clips`, or, in testing with select="difference", `select_clips`. -> int64 (n_clips, n_frames)."""
-    if select == "difference" and not train:
-        return select_clips(read, num_frames, fps, n_clips, n_frames, target_fps)
-    return sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
-
-
 def select_clips(read, num_frames, fps, n_clips, n_frames, target_fps, candidates=4):
     """Clips for testing by their content, of which the paper speaks as future work: those that differ most.
 
@@ -127,6 +120,13 @@ def select_clips(read, num_frames, fps, n_clips, n_frames, target_fps, candidate
         nearest[taken] = -1  # never twice, though all may look alike
         taken.append(nearest.argmax().item())
     return clips[sorted(taken)]
+
+
+def choose_clips(read, num_frames, fps, n_clips, n_frames, target_fps, train, generator=None, select="uniform"):
+    """`sample_clips`, or, in testing with select="difference", `select_clips`. -> int64 (n_clips, n_frames)."""
+    if select == "difference" and not train:
+        return select_clips(read, num_frames, fps, n_clips, n_frames, target_fps)
+    return sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
 
 
 # -------------------------------------------------- which pixels
@@ -490,8 +490,8 @@ class CaptionCollator(Collator):
 TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
 MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
 SEEK_COST = 10  # frames that are decoded in the time of one more seek (opening the file again, parsing its header)
+PROCESS_COST = 50  # frames that are decoded in the time of starting one more process
 SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, which with B-frames is a few frames ahead of what is shown
-PROCESS_COST = 50  # frames; the same for starting one more process
 SEEKS = 16  # in one ffmpeg process: each needs a decoder of its own
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 # Only containers that hold their own pixels: playlists, concat scripts and image patterns could open other files.
@@ -581,7 +581,7 @@ def _ffmpeg(path, arguments):
     """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    try:  # in a process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg in between
+    try:  # in a process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg before
         done = subprocess.run(command, **pipes, timeout=TIME_LIMIT, check=False, process_group=0)
         killed = done.returncode < 0
     except subprocess.TimeoutExpired:
@@ -592,7 +592,7 @@ def _ffmpeg(path, arguments):
 
 
 def _cores():
-    """How many to use for one video: in a data loader's worker one, as its brothers keep the others busy."""
+    """How many to decode one video with: in a data loader's worker one, as other workers keep the others busy."""
     return 1 if multiprocessing.parent_process() else min(2, os.cpu_count())
 
 
@@ -721,7 +721,8 @@ def _decode(path, media, segments, frames):
 
     The filters, in order: shift the clock so that the segment starts at 0; `fps` lays the frames on the regular grid
     (slot n holds the last frame that began by n / fps; "up" means no frame is shown early); `tpad` repeats the last
-    frame where the file is shorter than its header says; `trim` ends the decoding, `select` keeps the wanted slots.
+    frame where the file is shorter than its header says; `trim` ends the decoding, `select` keeps the wanted slots;
+    `shuffleplanes` makes gbrp's order (green, blue, red) ours.
     """
     size = frames.shape[-1]
     h, w = resized_shape(media.height, media.width, size)
@@ -737,7 +738,8 @@ def _decode(path, media, segments, frames):
         chains.append(
             f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
             f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
-            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black,shuffleplanes=2:0:1,format=gbrp[v{k}]"
+            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black,"
+            f"shuffleplanes=2:0:1,format=gbrp[v{k}]"
         )
     labels = "".join(f"[v{k}]" for k in range(len(segments)))
     graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])

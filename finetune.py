@@ -231,14 +231,14 @@ def train(run, model, training, examples, validate):
     A step is grad_accum batches, one update. Which examples and which random clips it sees depends on the seed and the
     step alone, so a resumed run repeats the uninterrupted one.
     """
-    s, per_step = run.settings, run.settings["grad_accum"] * clipbert.PROCESSES  # batches to a step
+    s, batches_per_step = run.settings, run.settings["grad_accum"] * clipbert.PROCESSES
 
     def batches_after(step):
-        total = training.total_steps * per_step
-        return data.training_order(len(examples), s["batch_size"], total, run.seed, step * per_step)
+        total = training.total_steps * batches_per_step
+        return data.training_order(len(examples), s["batch_size"], total, run.seed, step * batches_per_step)
 
     training.examples_of = lambda step: [
-        examples[i].id for batch in islice(batches_after(step - 1), per_step) for _, i in batch
+        examples[i].id for batch in islice(batches_after(step - 1), batches_per_step) for _, i in batch
     ]
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader(examples, s["train_clips"], True, own_batches))
@@ -423,17 +423,17 @@ def retrieval_metrics(scores, video_of_caption):
     """
     columns = torch.as_tensor(video_of_caption)
     own = scores.gather(1, columns[:, None])  # (captions, 1)
-    by_caption = mean_rank(own, scores)
+    by_caption = ranks_of(own, scores)
     ranks = []
     for column in range(scores.shape[1]):
         mine = scores[columns == column, column]
         others = scores[columns != column, column]  # its own other captions do not compete
         if len(mine):
-            ranks.append(mean_rank(mine.max().view(1, 1), torch.cat([mine.max()[None], others])[None]))
+            ranks.append(ranks_of(mine.max().view(1, 1), torch.cat([mine.max()[None], others])[None]))
     return {"text_to_video": recalls(by_caption), "video_to_text": recalls(torch.cat(ranks))}
 
 
-def mean_rank(own, scores):
+def ranks_of(own, scores):
     """1 + how many score higher + half of how many others score the same. own (n, 1), scores (n, m) -> (n,)."""
     return 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
 
@@ -456,7 +456,7 @@ def evaluate_retrieval(run, model, examples, clip_counts):
         for rerank in reranks or [None]:
             scores = score_pairs(run, model, [example.text for example in examples], grids, rerank)
             by_clips[f"{n} best {rerank}" if rerank else str(n)] = retrieval_metrics(scores, columns)
-        ranks = mean_rank(scores.gather(1, torch.tensor(columns)[:, None]), scores).tolist()
+        ranks = ranks_of(scores.gather(1, torch.tensor(columns)[:, None]), scores).tolist()
         best = scores.topk(min(5, len(videos))).indices.tolist()
         predictions = [
             {"id": e.id, "video": e.video, "text": e.text, "rank": rank,
@@ -686,7 +686,7 @@ def answer_card(run, model, example, row):
 
 
 def retrieval_card(run, model, example, row):
-    """Pictures and lines: the middle frames of a caption's three best videos, and where its own one stands."""
+    """Pictures and lines: a frame from the middle of a caption's three best videos, and where its own one stands."""
     best = [example._replace(video=video) for video in row["prediction"][:3]]
     batches = run.loader(best, 1, False, [[(0, i)] for i in range(len(best))])
     pictures = [data.picture(batch["frames"][0, 0, 0], 180) for batch in batches]

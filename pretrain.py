@@ -173,15 +173,16 @@ def train(run, model, training, ratio):
     dropout, on torch's random state, which checkpoints hold: a resumed run repeats the uninterrupted one.
     """
     s, sizes = run.settings, [len(source.train) for source in run.sources]
-    per_step = s["grad_accum"] * clipbert.PROCESSES  # batches
+    batches_per_step = s["grad_accum"] * clipbert.PROCESSES
 
     def batches_after(step):
-        total = training.total_steps * per_step
-        return data.mixed_order(sizes, ratio or sizes, s["batch_size"], total, run.seed, step * per_step)
+        total = training.total_steps * batches_per_step
+        return data.mixed_order(sizes, ratio or sizes, s["batch_size"], total, run.seed, step * batches_per_step)
 
     training.examples_of = lambda step: [
-        run.sources[k].train[i].video for batch in islice(batches_after(step - 1), per_step) for k, _, i in batch
-    ]
+        run.sources[k].train[i].video
+        for batch in islice(batches_after(step - 1), batches_per_step) for k, _, i in batch
+    ]  # fmt: skip
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader("train", run.seed, own_batches))
     model.train()

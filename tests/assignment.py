@@ -128,11 +128,11 @@ EXERCISES = {
         Where this would give exactly 0, and after the last step, it is 1e-8.""",
     ),
     12: Exercise(
-        "Retrieval metrics", 8, "finetune", ("retrieval_metrics", "mean_rank"), "section 4, retrieval",
+        "Retrieval metrics", 8, "finetune", ("retrieval_metrics", "ranks_of"), "section 4, retrieval",
         """Recall, median and mean rank of texts that look for their video and videos that look for their text. A rank
         is 1 + how many score higher + half of how many others score the same, so that a model with one score for all
         gains nothing. From video to text there may be several right answers: the best one counts, and the others are no
-        rivals to it. A video that no caption describes looks for nothing. `mean_rank` returns a tensor, which `recalls`
+        rivals to it. A video that no caption describes looks for nothing. `ranks_of` returns a tensor, which `recalls`
         turns into numbers.""",
     ),
     13: Exercise(

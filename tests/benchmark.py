@@ -532,8 +532,8 @@ def reference_order(run, model, texts, videos, n_clips, batch_size):
     return scores
 
 
-def our_order(run, model, texts, videos, n_clips, rerank=None):
-    return finetune.score_pairs(run, model, texts, finetune.encode_videos(run, model, videos, n_clips)[0], rerank)
+def our_order(run, model, texts, videos, n_clips):
+    return finetune.score_pairs(run, model, texts, finetune.encode_videos(run, model, videos, n_clips)[0])
 
 
 def retrieval_part(pairs=None, timed=1, n_clips=16):
@@ -562,7 +562,7 @@ def same_ranks(run, model, examples, n_clips):
     texts = [e.text for e in examples]
     theirs = reference_order(run, model, texts, examples, n_clips, 16)
     ours = our_order(run, model, texts, examples, n_clips)
-    ranks = [finetune.mean_rank(s.diagonal()[:, None], s) for s in (theirs, ours, theirs.T, ours.T)]
+    ranks = [finetune.ranks_of(s.diagonal()[:, None], s) for s in (theirs, ours, theirs.T, ours.T)]
     same = torch.equal(ranks[0], ranks[1]) and torch.equal(ranks[2], ranks[3])
     print(f"{len(texts)} captions x {len(texts)} videos: ranks {'identical' if same else 'DIFFER'}, scores apart by "
           f"{(theirs - ours).abs().max():.0e} at most")  # fmt: skip

@@ -204,7 +204,7 @@ def retrieval_metrics(scores, video_of_caption):
     video_of_caption = [int(video) for video in video_of_caption]
     texts, videos = [], []
     for row, video in zip(scores, video_of_caption, strict=True):
-        texts.append(mean_rank(row[video].reshape(1, 1), row[None]))
+        texts.append(ranks_of(row[video].reshape(1, 1), row[None]))
     for video in range(scores.shape[1]):
         own = [i for i, v in enumerate(video_of_caption) if v == video]
         if not own:
@@ -212,11 +212,11 @@ def retrieval_metrics(scores, video_of_caption):
         column = scores[:, video].clone()
         best = max(own, key=lambda i: column[i].item())
         rivals = [i for i in range(len(column)) if i not in own or i == best]
-        videos.append(mean_rank(column[best].reshape(1, 1), column[rivals].reshape(1, -1)))
+        videos.append(ranks_of(column[best].reshape(1, 1), column[rivals].reshape(1, -1)))
     return {"text_to_video": recalls(torch.cat(texts)), "video_to_text": recalls(torch.cat(videos))}  # noqa: F821
 
 
-def mean_rank(own, scores):
+def ranks_of(own, scores):
     own, scores = np.asarray(own), np.asarray(scores)
     lucky = 1 + (scores > own).sum(axis=1)
     unlucky = (scores >= own).sum(axis=1)

@@ -533,8 +533,8 @@ def test_grading_survives_what_students_write(copy, monkeypatch, capsys):
     """In processes of their own, with a limit: solutions that hang or end the process, files that can't be imported."""
     monkeypatch.setattr(assignment, "LIMIT", 20)
     (copy / "clipbert.py").write_text(TEXTS["clipbert"], encoding="utf-8")  # all solved
-    hang = "def mean_rank(own, scores):\n    while True:\n        pass"
-    code = assignment.splice(TEXTS["finetune"], "mean_rank", hang)
+    hang = "def ranks_of(own, scores):\n    while True:\n        pass"
+    code = assignment.splice(TEXTS["finetune"], "ranks_of", hang)
     (copy / "finetune.py").write_text(code, encoding="utf-8")
     (copy / "data.py").write_text("def sample_clips(:\n", encoding="utf-8")
     die = "def accumulate_gradients(*_):\n    __import__('os')._exit(0)"

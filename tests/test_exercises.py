@@ -1314,8 +1314,8 @@ def test_exercise12_ties_lie_between_the_luckiest_and_the_unluckiest_order():
 def test_exercise12_rank_counts_the_higher_and_half_of_the_equal():
     scores = torch.tensor([[5.0, 3.0, 3.0, 1.0], [0.0, 0.0, 0.0, 0.0], [-2.0, -1.0, -1000.0, 1000.0]])
     for column, expected in ((0, [1, 2.5, 3]), (1, [2.5, 2.5, 2]), (3, [4, 2.5, 1])):
-        close(finetune.mean_rank(scores[:, column : column + 1], scores).double(), torch.tensor(expected).double())
-    close(finetune.mean_rank(torch.tensor([[2.0]]), torch.tensor([[2.0]])).double(), torch.tensor([1.0]).double())
+        close(finetune.ranks_of(scores[:, column : column + 1], scores).double(), torch.tensor(expected).double())
+    close(finetune.ranks_of(torch.tensor([[2.0]]), torch.tensor([[2.0]])).double(), torch.tensor([1.0]).double())
 
 
 def test_exercise12_equal_scores_are_chance():
@@ -1377,7 +1377,7 @@ def test_exercise12_recalls_and_medians():
 
 def test_exercise12_only_exact_ties_are_ties():
     row = torch.tensor([[0.5, 0.5 + 1e-12, 0.5 + 2e-12]], dtype=torch.float64)
-    close(finetune.mean_rank(row[:, :1], row).double(), torch.tensor([3.0]).double())
+    close(finetune.ranks_of(row[:, :1], row).double(), torch.tensor([3.0]).double())
     scores = torch.tensor([[0.5, 0.5 + 1e-12], [0.0, 1.0]], dtype=torch.float64)
     assert finetune.retrieval_metrics(scores, [0, 1])["text_to_video"]["mean_rank"] == 1.5
 
