@@ -437,19 +437,19 @@ def match_score(p):
     return p.softmax(1)[:, 1] if p.shape[1] == 2 else p.sigmoid()[:, 0]
 
 
-def mlm_loss(scores, labels, over="masked"):
+def mlm_loss(scores, labels, over="masked", text_length=30):
     """Masked language modelling (paper, section 3): the masked words M from the other words and the image v.
 
         L_MLM = -1/|M| sum_{m in M} log P(w_m | w_{not M}, v)
 
-    scores (B, Lt, vocabulary); labels (B, Lt), -100 where no word is masked. over="all" divides by all B * Lt positions
-    instead, padding included, as the reference does. With 15% masked and texts padded to the longest, only some 6% of
-    its positions count, so that is the same loss with a weight of about .06 beside ITM's 1, and one that shrinks
-    further in a batch of uneven lengths. Mismatched pairs take part, too: there the words alone must do.
+    scores (B, Lt, vocabulary); labels (B, Lt), -100 where no word is masked. over="all" divides by B * text_length
+    instead, as the reference does, which pads each text to 30 tokens and averages over all of them. With 15% masked,
+    only some 6% of those positions count, so that is the same loss with a weight of about .06 beside ITM's 1.
+    Mismatched pairs take part, too: there the words alone must do.
     """
     total = F.cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     if over == "all":
-        return total / labels.numel()
+        return total / (len(labels) * text_length)
     if over == "masked":
         return total / (labels != -100).sum().clamp(min=1)  # a batch without masked words: 0, not 0/0
     raise ValueError(f"unknown average {over!r}: choose masked or all")
@@ -479,12 +479,24 @@ def optimizer_groups(model, weight_decay):
 
 
 def build_optimizer(model, weight_decay=1e-3):
-    """AdamW with the reference's betas and eps. The learning rate is set at every step, by `learning_rate`.
+    """AdamW with the reference's betas. Learning rate and eps are set at every step, by `set_step`."""
+    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), fused=True)
 
-    torch's AdamW adds eps after the bias correction and decays before the update; the reference's does both the other
-    way round. The trajectories differ in the fourth digit of a step.
+
+ADAM_EPS = 1e-6  # the reference's
+
+
+def set_step(optimizer, step, lr):
+    """What an update depends on besides the gradients: its learning rate, and an eps that makes it the reference's.
+
+        update = lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps / sqrt(1 - b2^t)),  t = step = 1, 2, ...
+
+    The reference adds eps to sqrt(v) before the bias correction, torch after it: so torch gets eps / sqrt(1 - b2^t),
+    seven times eps in the first step. Training then follows the reference's to six digits, losses and weights.
     """
-    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["eps"] = ADAM_EPS / math.sqrt(1 - group["betas"][1] ** step)
 
 
 def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
@@ -939,7 +951,8 @@ class Training:
         its checkpoints."""
         self.model, self.run, self.out, self.save_every, s = model, run, args.out, args.save_every, run.settings
         self.per_step = s["batch_size"] * s["grad_accum"] * PROCESSES  # examples to an update
-        self.total_steps = s["max_steps"] or s["epochs"] * -(-n_examples // self.per_step)
+        self.n_examples = n_examples
+        self.total_steps = s["max_steps"] or -(-s["epochs"] * n_examples // self.per_step)
         self.contents = contents | {"seed": run.seed, "blind": run.blind, "settings": s,
                                     "config": asdict(model.cfg)}  # fmt: skip
         config = {name: value for name, value in self.contents.items() if name not in ("vocabulary", "answers")} | {
@@ -952,7 +965,7 @@ class Training:
         self.scaler = run.device.scaler()
         self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
         if RANK:
-            torch.manual_seed(run.seed + RANK)  # the same model, but each process its own dropout
+            torch.manual_seed(run.seed + 1_000_003 * RANK)  # the same model, but each process its own dropout
         self.saved = bool(stopped)  # whether the folder's checkpoints are this run's
         if stopped:
             self.restore(stopped)
@@ -1000,8 +1013,7 @@ class Training:
     def update(self, step, **losses):
         """An update by the gradients so far, with the step's learning rate; and a line of the log, some time later."""
         lr = learning_rate(step, self.total_steps, self.run.settings["lr"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_step(self.optimizer, step, lr)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.settings["clip_grad"])
         self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
@@ -1043,6 +1055,11 @@ class Training:
         if score > self.best:
             self.best = score
             self.save("best.pt", step)
+
+    def ends_epoch(self, step):
+        """Whether the examples of this step are an epoch's last ones, or the run's."""
+        epochs = [n * self.per_step // self.n_examples for n in (step - 1, step)]
+        return epochs[0] < epochs[1] or step == self.total_steps
 
     def due(self, step):
         return step % self.save_every == 0 or step == self.total_steps

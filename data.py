@@ -28,6 +28,7 @@ import argparse
 import bisect
 import csv
 import functools
+import hashlib
 import io
 import json
 import math
@@ -43,7 +44,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,7 +236,7 @@ class ClipDataset(torch.utils.data.Dataset):
         return len(self.examples)
 
     def __getitem__(self, key):
-        generator, unreadable, index = self.generator(key), [], key[1]
+        generator, unreadable, index = self.generator(key, "clips"), [], key[1]
         for attempt in range(20):  # an unreadable video is replaced by the next example in training ...
             example = self.examples[(index + attempt) % len(self)]
             try:
@@ -250,10 +251,9 @@ class ClipDataset(torch.utils.data.Dataset):
             raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
         return {"example": example, "frames": frames, "unreadable": unreadable}
 
-    def generator(self, key, stream=0):
-        """Of what is random about an item. stream 1, for captions and masks: other numbers than chose its clips."""
-        epoch, index = key
-        return torch.Generator().manual_seed(self.seed + stream + 1_000_003 * (epoch * len(self) + index))
+    def generator(self, key, purpose):
+        """Of what is random about an item: its "clips", or its "texts" (captions, and which of their words to mask)."""
+        return generator_of(self.seed, purpose, *key)
 
     def read(self, example, generator):
         path = find_media(self.folder, example.video)
@@ -263,18 +263,33 @@ class ClipDataset(torch.utils.data.Dataset):
         return torch.zeros_like(frames) if self.blind else frames
 
 
-def training_order(n_examples, batch_size, n_batches, seed, start=0):
-    """Yield batch number start, start + 1, ..., n_batches - 1, as lists of (epoch, index): shuffled anew each epoch.
+def generator_of(*key):
+    """A random generator for each key, such as (seed, "clips", epoch, index): other numbers for any other key.
 
-    Known in advance from the seed, so a resumed run goes on with the very batch that the stopped one would have seen.
-    The last, smaller batch of an epoch is kept.
+    Sums like seed + epoch would not do: epoch 1 of seed 0 would be epoch 0 of seed 1, and what is measured with several
+    seeds would not be independent. A hash mixes the parts of the key, the same on every machine.
     """
-    per_epoch = -(-n_examples // batch_size)
-    for number in range(start, n_batches):
-        epoch, i = divmod(number, per_epoch)
-        if number == start or i == 0:
-            order = torch.randperm(n_examples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        yield [(epoch, j) for j in order[i * batch_size : (i + 1) * batch_size]]
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def training_order(n_examples, batch_size, n_batches, seed, start=0):
+    """Yield batch number start, start + 1, ..., n_batches - 1, as lists of batch_size keys (epoch, index).
+
+    One endless stream of examples, every epoch shuffled anew, is cut into batches: one may span the end of an epoch,
+    none is short. So two batches of 16 are the same examples as one of 32, everywhere in the run. The stream is known
+    in advance from the seed: a resumed run goes on with the very batch that the stopped one would have seen.
+    """
+    first_epoch, first = divmod(start * batch_size, n_examples)
+
+    def stream():
+        for epoch in count(first_epoch):
+            for i in torch.randperm(n_examples, generator=generator_of(seed, "order", epoch)).tolist():
+                yield epoch, i
+
+    keys = islice(stream(), first, None)
+    for _ in range(start, n_batches):
+        yield list(islice(keys, batch_size))
 
 
 class Collator:
@@ -336,7 +351,7 @@ class MatchDataset(ClipDataset):
     def __getitem__(self, key):
         item = super().__getitem__(key)
         own = self.own[item["example"].video]
-        wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, self.generator(key, 1))
+        wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, self.generator(key, "texts"))
         if wrong is None:
             raise DataError(f"{self.folder}: every caption is said of every video; there is nothing to tell apart")
         return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}  # its own first: see rank_loss
@@ -360,10 +375,11 @@ def data_loader(dataset, batches, collate, workers, pin_memory=False):
 
 # -------------------------------------------------- pretraining: captions, some of them wrong, with words masked
 class CaptionedImage(NamedTuple):
-    """An image (or a video) and everything that is said about it."""
+    """An image (or a video), some of its captions, and everything that is said about it."""
 
     video: str
-    captions: tuple
+    captions: tuple  # those that are shown together, in one pass
+    own: frozenset = frozenset()  # all of its captions, in lower case: none of them is ever a mismatch
 
 
 def captioned_images(examples):
@@ -371,7 +387,17 @@ def captioned_images(examples):
     captions = {}
     for example in examples:
         captions.setdefault(example.video, {})[example.text] = None
-    return [CaptionedImage(video, tuple(texts)) for video, texts in captions.items()]
+    return [CaptionedImage(video, tuple(texts), frozenset(text.lower() for text in texts))
+            for video, texts in captions.items()]  # fmt: skip
+
+
+def caption_groups(images, n):
+    """Each image's captions in groups of n, so that an epoch shows every caption once, as the reference does.
+
+    An image with 5 captions, n = 2: 3 groups; the last one's only caption will stand there twice.
+    """
+    return [image._replace(captions=image.captions[i : i + n])
+            for image in images for i in range(0, len(image.captions), n)]  # fmt: skip
 
 
 class CaptionDataset(ClipDataset):
@@ -385,7 +411,7 @@ class CaptionDataset(ClipDataset):
         self.captions = captions
 
     def __getitem__(self, key):
-        item, generator = super().__getitem__(key), self.generator(key, 1)  # the collator goes on with it: the masks
+        item, generator = super().__getitem__(key), self.generator(key, "texts")  # the collator goes on with it: masks
         texts, matches = self.draw_captions(item["example"], generator)
         return item | {"captions": texts, "matches": matches, "generator": generator}
 
@@ -396,8 +422,7 @@ class CaptionDataset(ClipDataset):
         many right as wrong ones per image. Otherwise ITM begins by learning which pictures had luck with their coins.
         """
         order = torch.randperm(len(image.captions), generator=generator).tolist()
-        texts = [image.captions[order[i // 2 % len(order)]] for i in range(self.captions)]
-        # Each own caption stands there twice: one of the two is about to be replaced.
+        texts = [image.captions[order[i % len(order)]] for i in range(self.captions)]
         coin = torch.randint(2, (), generator=generator).item()
         matches = [(i + coin) % 2 for i in range(self.captions)]
         for i, match in enumerate(matches):
@@ -407,13 +432,12 @@ class CaptionDataset(ClipDataset):
 
     def draw_mismatch(self, image, generator):
         """A caption of another image; never one that is also said about this image."""
-        own = {caption.lower() for caption in image.captions}
 
         def draw(i):
             captions = self.examples[i].captions
             return captions[torch.randint(len(captions), (), generator=generator)]
 
-        return draw_mismatch(draw, len(self), own, generator)
+        return draw_mismatch(draw, len(self), image.own, generator)
 
 
 class Mix(torch.utils.data.Dataset):
@@ -428,7 +452,7 @@ class Mix(torch.utils.data.Dataset):
 
 def mixed_order(sizes, ratio, batch_size, n_batches, seed, start=0):
     """`training_order` for a Mix: each batch comes from one data set, drawn in proportion to `ratio`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed, "mix")
     choices = torch.multinomial(torch.tensor(ratio).double(), n_batches, True, generator=generator).tolist()
     orders = [training_order(size, batch_size, n_batches, seed, choices[:start].count(i))
               for i, size in enumerate(sizes)]  # fmt: skip

@@ -242,7 +242,6 @@ def train(run, model, training, examples, validate):
     ]
     own_batches = islice(batches_after(training.start), clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(run.loader(examples, s["train_clips"], True, own_batches))
-    steps_per_epoch = -(-len(examples) // training.per_step)
     model.train()
     for step in training.steps():
         loss = 0.0
@@ -255,7 +254,7 @@ def train(run, model, training, examples, validate):
             training.scaler.scale(part).backward()
             loss = loss + part.detach()
         training.update(step, loss=loss)  # clipbert.Training: learning rate, clipped gradient, AdamW; the log
-        if validate and (step % steps_per_epoch == 0 or step == training.total_steps):
+        if validate and training.ends_epoch(step):
             training.flush()
             score = validate()
             training.log.write({"step": step, "validation": score})
@@ -292,8 +291,8 @@ def score_videos(run, model, examples, n_clips):
 def judge(task, example, scores, readable, answers):
     """A prediction and how good it is: right or wrong, VQA's accuracy, or, in counting, the squared error."""
     if task.kind == "count":
-        prediction = scores.item() if readable else 0.0
-        return prediction, (prediction - example.answer) ** 2
+        number = scores.item() if readable else 0.0
+        return min(max(round(number), 1), 10), (number - example.answer) ** 2
     best = scores.argmax().item()
     names = example.options or answers
     prediction = names[best] if readable and best < len(names) else None  # None: unreadable, or an unused output
@@ -319,6 +318,8 @@ def evaluate(run, model, examples, clip_counts):
             for kind in {"", e.kind}:
                 values.setdefault(kind, []).append(value * factor)
         by_clips[str(n)] = {f"{name}_{kind}" if kind else name: mean(values[kind]) for kind in sorted(values)}
+        if run.task.kind == "count":  # what papers print: of whole numbers, of which TGIF-QA has 1 to 10
+            by_clips[str(n)]["mse_rounded"] = mean((row["prediction"] - row["answer"]) ** 2 for row in predictions)
     return by_clips, predictions, errors
 
 

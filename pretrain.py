@@ -43,7 +43,8 @@ PAPER = {
     "text_length": 30,  # Lt at most, [CLS] and [SEP] included
     "batch_size": 32,  # images at a time
     "grad_accum": 2,  # ... and how many such batches to an update
-    "epochs": 40,
+    "epochs": 40,  # each shows every caption once: with COCO and VG 6,000 updates of eight GPUs
+    "eval_every": None,  # steps from one evaluation to the next (None: an epoch)
     "max_steps": None,
     "lr": 5e-5,  # peak
     "weight_decay": 1e-3,
@@ -55,7 +56,9 @@ PAPER = {
 # What the tiny model changes. From random weights ITM stays at ln(2) for hundreds of steps, the longer, the more MLM
 # weighs: its large, easy gains (which word follows which, without looking) teach attention to leave the picture alone.
 # Hence the reference's average over all positions, that is, a small weight, and a low learning rate.
-TINY = {"size": 64, "captions": 6, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200, "mlm_over": "all"}
+# No toy caption has more than 9 tokens, so text_length, by which that average divides, is theirs.
+TINY = {"size": 64, "captions": 6, "text_length": 9, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200,
+        "eval_every": 400, "mlm_over": "all"}  # fmt: skip
 
 
 def parse_arguments(arguments=None):
@@ -70,6 +73,7 @@ def parse_arguments(arguments=None):
     # hyper-parameters of pretraining; the default is the paper's, printed at the start
     parser.numbers("--keep", help="random grid tokens that a training step keeps")
     parser.numbers("--captions", high=1000, help="of an image at a time")
+    parser.numbers("--eval_every", help="steps from one evaluation to the next (default: an epoch)")
     parser.numbers("--mask_rate", kind=float, low=0.001, high=1, help="the share of words that are masked")
     add("--mlm_over", choices=["masked", "all"], help="average the MLM loss over masked tokens, or all positions")
     add("--allow_missing", action="store_true", help="leave out captions whose image is missing")
@@ -87,6 +91,9 @@ def settings_for(args, cfg, stored=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data and model
+
+
+MOST_VALIDATION = 2000  # images of a folder: all of COCO's would be more forward passes than the training between
 
 
 class Source(NamedTuple):
@@ -109,7 +116,12 @@ def load_source(folder, args):
     if not train or len(val) < 2:
         raise data.DataError(f"{folder}: {len(train)} training and {len(val)} validation images are too few: put more "
                              "captioned images there")  # fmt: skip
-    return Source(folder, train[: args.limit], val[: args.limit])
+    return Source(folder, train[: args.limit], val[: min(args.limit or MOST_VALIDATION, MOST_VALIDATION)])
+
+
+def grouped(source, n):
+    """The source with each image's captions in groups of n, the examples of an epoch."""
+    return source._replace(train=data.caption_groups(source.train, n), val=data.caption_groups(source.val, n))
 
 
 def with_files(folder, images, args):
@@ -192,12 +204,13 @@ def train(run, model, training, ratio):
             frames = batch["frames"][:, 0]  # (B, T, 3, L, L): the one clip
             with run.device.autocast():
                 mlm, itm = training.forward(frames, batch["input_ids"], batch["attention_mask"], s["keep"])
-            mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s["mlm_over"])
+            mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s["mlm_over"], s["text_length"])
             itm = clipbert.itm_loss(itm, batch["itm_labels"])
             training.scaler.scale((mlm + itm) / s["grad_accum"]).backward()
             losses += torch.stack([mlm, itm]).detach() / s["grad_accum"]
         training.update(step, loss=losses.sum(), mlm=losses[0], itm=losses[1])  # clipbert.Training: AdamW; the log
-        if training.due(step):
+        every = s["eval_every"]
+        if step % every == 0 or step == training.total_steps if every else training.ends_epoch(step):
             training.flush()
             metrics, _ = evaluate(run, model)
             training.log.write({"step": step, **metrics})
@@ -217,7 +230,7 @@ def evaluate(run, model):
     keys = [(k, 0, i) for k, source in enumerate(run.sources) for i in range(len(source.val))]
     batches = [keys[b : b + run.settings["batch_size"]] for b in range(0, len(keys), run.settings["batch_size"])]
     sums, errors = Counter(), []
-    for batch in run.loader("val", 0, batches):
+    for batch in run.loader("val", 0, batches[clipbert.RANK :: clipbert.PROCESSES]):  # each process its share
         batch = run.device.move(batch)
         with run.device.autocast():
             mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"])
@@ -234,6 +247,7 @@ def evaluate(run, model):
         sums["mlm"] += clipbert.mlm_loss(mlm, batch["mlm_labels"]).item() * masked.sum().item()
         sums["itm"] += clipbert.itm_loss(itm, batch["itm_labels"]).item() * len(itm)
         errors += [line for lines in batch["unreadable"] for line in lines]
+    sums, errors = sum(clipbert.gather(sums), Counter()), sum(clipbert.gather(errors), [])
 
     def ratio(a, b, factor=100):
         return round(factor * sums[a] / max(sums[b], 1), 4)
@@ -249,7 +263,7 @@ def evaluate(run, model):
 def report(run, args, metrics, errors, seconds):
     """Write metrics.json; print the table."""
     where = [str(source.folder) for source in run.sources] if args.data else "toy"
-    images = sum(len(source.val) for source in run.sources)
+    images = len({image.video for source in run.sources for image in source.val})
     everything = {"task": "pretrain", "data": where, "split": "val", "examples": images, "chance": 50.0,
                   "seconds": round(seconds, 1), "blind": run.blind, "unreadable": len(errors), **metrics}  # fmt: skip
     clipbert.write_text(args.out / "metrics.json", json.dumps(everything, indent=2) + "\n")
@@ -277,7 +291,8 @@ def run_training(args):
         args, run, model, images, state, task="pretrain", data=folders, vocabulary=vocabulary
     )
     for source in run.sources:
-        print(f"{len(source.train):,} training and {len(source.val):,} validation images from {source.folder}")
+        print(f"{len(source.train):,} training and {len(source.val):,} validation images, each with "
+              f"{run.settings['captions']} captions at a time, from {source.folder}")
     print(training.summary("images"))
     with training:
         train(run, model, training, args.ratio)
@@ -300,6 +315,7 @@ def prepare(args, state):
             lambda: text_vocabulary(sources, args), lambda: data.read_vocabulary(args.bert),
         )  # fmt: skip
     settings = settings_for(args, model.cfg, state and state["settings"])
+    sources = [grouped(source, settings["captions"]) for source in sources]
     return Run(sources, settings, device, data.build_tokenizer(vocabulary), args.seed, args.blind), model, vocabulary
 
 
