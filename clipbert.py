@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -125,25 +125,24 @@ class GridFeatures(nn.Module):
         super().__init__()
         self.cfg = cfg
         block, depths = BACKBONES[cfg.backbone]
-        resnet = torchvision.models.ResNet(block, (*depths, 1, 1)[:4], norm_layer=FrozenBatchNorm2d)
-        resnet.avgpool = resnet.fc = nn.Identity()  # grid features keep their places: no pooling, no ImageNet classes
-        stages = [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
-        if len(depths) == 2:
-            resnet.layer3 = resnet.layer4 = nn.Identity()
+        resnet = torchvision.models.ResNet(block, (*depths, 1, 1)[:4], norm_layer=FrozenNorm)
+        stages = [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4][: len(depths)]
         if cfg.caffe_strides:
             for stage in stages[1:]:
                 stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
-        self.resnet = resnet
-        channels = 64 * 2 ** (len(depths) - 1) * block.expansion
+        scale_residual_branches(stages)
+        # The trunk under torchvision's own names, without pooling and classes: grid features keep their places.
+        names = ["conv1", "bn1", "relu", "maxpool", *(f"layer{i + 1}" for i in range(len(depths)))]
+        self.resnet = nn.Sequential(OrderedDict((name, getattr(resnet, name)) for name in names))
+        channels = 64 * 2 ** (len(depths) - 1) * block.expansion  # 2048 of ResNet-50
         self.grid_encoder = nn.Sequential(  # no bias, no norm
             nn.Conv2d(channels, cfg.hidden_size, kernel_size=3, padding=1, bias=False),
             nn.MaxPool2d(kernel_size=2, stride=2),
             nn.ReLU(),
         )
-        scale_residual_branches(stages[: len(depths)])
         frozen = [resnet.conv1, *stages][: cfg.frozen_stages]
         for parameter in (p for module in frozen for p in module.parameters()):
-            parameter.requires_grad_(False)  # BatchNorm needs nothing here: FrozenBatchNorm2d holds only buffers
+            parameter.requires_grad_(False)  # BatchNorm needs nothing here: FrozenNorm holds only buffers
         mean, std = torch.tensor(cfg.pixel_mean), torch.tensor(cfg.pixel_std)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
@@ -171,36 +170,22 @@ class GridFeatures(nn.Module):
     def features(self, frames):
         """(F, 3, L, L) -> (F, h, w, d). Of the frozen stages autograd keeps nothing, as no input needs a gradient."""
         x = frames.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
-        r = self.resnet
-        x = r.maxpool(F.relu(conv_norm(self.normalize(x), r.conv1, r.bn1)))  # (F, 64, L/4, L/4)
-        for stage in (r.layer1, r.layer2, r.layer3, r.layer4):
-            for block in stage.children():
-                x = residual_block(x, block)
-        # x: (F, 2048, L/32, L/32); resnet18: 512 channels; tiny: (F, 128, L/8, L/8)
+        x = self.resnet(self.normalize(x))  # (F, 2048, L/32, L/32); resnet18: 512 channels; tiny: (F, 128, L/8, L/8)
         return self.grid_encoder(x).permute(0, 2, 3, 1)  # (F, h, w, d)
 
 
-def conv_norm(x, conv, norm):
-    """A convolution and its FrozenBatchNorm as one convolution: the norm is linear and never learns.
+class FrozenNorm(FrozenBatchNorm2d):
+    """A BatchNorm whose statistics and gains never change, as a multiplication and an addition a channel.
 
-        s (w * x - mean) + b = (s w) * x + (b - s mean),  s = gain / sqrt(variance + eps)
+        y = s x + (b - s mean),  s = gain / sqrt(variance + eps)
 
-    Gradients reach w through s w. Apart from fewer passes over the activations this keeps them in half precision under
-    autocast: the norm's float32 buffers would make all of them float32, with a second copy for the next convolution.
+    In x's precision: the float32 buffers would make every activation float32 under autocast, twice the memory.
     """
-    s = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * s
-    return F.conv2d(x, conv.weight * s.view(-1, 1, 1, 1), bias, conv.stride, conv.padding)
 
-
-def residual_block(x, block):
-    """A block of torchvision's ResNet, y = ReLU(x + branch(x)), its norms folded into the convolutions."""
-    shortcut = conv_norm(x, *block.downsample) if block.downsample else x
-    x = F.relu(conv_norm(x, block.conv1, block.bn1))
-    x = conv_norm(x, block.conv2, block.bn2)
-    if isinstance(block, Bottleneck):
-        x = conv_norm(F.relu(x), block.conv3, block.bn3)
-    return F.relu(x + shortcut)
+    def forward(self, x):
+        s = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * s
+        return x * s.to(x.dtype).view(-1, 1, 1) + shift.to(x.dtype).view(-1, 1, 1)
 
 
 def scale_residual_branches(stages):
