@@ -30,6 +30,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -44,7 +45,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import accumulate, count, islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,32 +105,6 @@ def sample_clips(
     return torch.tensor([[min(math.ceil(s) + o, num_frames - 1) for o in offsets] for s in starts])
 
 
-def select_clips(read, num_frames, fps, n_clips, n_frames, target_fps, candidates=4):
-    """Clips for testing by their content, of which the paper speaks as future work: those that differ most.
-
-    Among `candidates` times as many uniform clips, start with the middle one, then take again and again the one that is
-    farthest from all taken so far (farthest-point sampling). -> int64 (n_clips, n_frames), in order of time.
-    Distance is that of the clips' first frames as small grey pictures. Costs the decoding of all candidates' first
-    frames, read(indices) -> uint8 (len, 3, H, W); the model still sees only n_clips.
-    """
-    clips = sample_clips(num_frames, fps, candidates * n_clips, n_frames, target_fps, False)  # (M, T)
-    small = F.interpolate(read(clips[:, 0].tolist()), (16, 16), mode="bilinear", antialias=True)
-    grey = small.float().mean(1).flatten(1)  # (M, 256)
-    taken, nearest = [len(clips) // 2], torch.full((len(clips),), torch.inf)  # each one's distance to those taken
-    while len(taken) < n_clips:
-        nearest = nearest.minimum((grey - grey[taken[-1]]).norm(dim=1))
-        nearest[taken] = -1  # never twice, though all may look alike
-        taken.append(nearest.argmax().item())
-    return clips[sorted(taken)]
-
-
-def choose_clips(read, num_frames, fps, n_clips, n_frames, target_fps, train, generator=None, select="uniform"):
-    """`sample_clips`, or, in testing with select="difference", `select_clips`. -> int64 (n_clips, n_frames)."""
-    if select == "difference" and not train:
-        return select_clips(read, num_frames, fps, n_clips, n_frames, target_fps)
-    return sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)
-
-
 # -------------------------------------------------- which pixels
 def resized_shape(height, width, size):
     """(h, w) with the long side equal to `size`; the short side is truncated, never below one pixel."""
@@ -153,18 +128,17 @@ def resize_and_pad(frames, size):
 
 
 # -------------------------------------------------- a file's clips: its frames come from `read_frames`, far below
-def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False, select="uniform"):
+def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False):
     """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError.
 
     cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the same.
-    select: "uniform", or, in testing, "difference": see `select_clips`.
     """
     kept = cache and open_cached(path, size)
     num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
-    read = functools.partial(read_cached, path, kept) if kept else functools.partial(read_frames, path)
-    read = functools.partial(read, size=size)
-    clips = choose_clips(read, num_frames, fps, n_clips, n_frames, target_fps, train, generator, select)
-    return read(clips.flatten().tolist()).view(n_clips, n_frames, 3, size, size)
+    clips = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)  # (N, T)
+    indices = clips.flatten().tolist()
+    frames = read_cached(path, kept, indices, size) if kept else read_frames(path, indices, size)
+    return frames.view(n_clips, n_frames, 3, size, size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,14 +150,13 @@ def build_tokenizer(vocabulary):
     return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
 
 
-def read_vocabulary(folder=None, offline=False):
-    """The 30,522 tokens of bert-base-uncased: vocab.txt of a local folder, or, with None, the hub's.
+def read_vocabulary(bert=None, offline=False):
+    """A BERT's tokens, 30,522 of them in bert-base-uncased's: vocab.txt of a local folder or of a name of the hub's.
 
     offline: only a copy of the hub's that an earlier run has left on this machine.
     """
     try:
-        hub = functools.partial(cached_file, "bert-base-uncased", "vocab.txt", local_files_only=offline)
-        path = Path(folder) / "vocab.txt" if folder else hub()
+        path = cached_file(str(bert or "bert-base-uncased"), "vocab.txt", local_files_only=offline)
         vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         reason = str(error).splitlines()[0][:150]
@@ -205,62 +178,20 @@ def vocabulary_from_text(texts, size=10_000):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Examples to batches
+# Examples to batches: one data set and one collator for all tasks and for pretraining
 
 
 class Example(NamedTuple):
     """One row of an annotation file: a video (or image), its text, the answer."""
     id: str  # as the file has it, else its place there; only for a reader of predictions, and perhaps not unique
-    video: str  # name as the annotation gives it, resolved later by find_media()
+    video: str  # name as the annotation gives it
     text: str  # question or caption; "" in MSRVTT-MC, where the options are the captions
     options: tuple = ()  # answer options of multiple choice
     answer: object = None  # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
     kind: str = ""  # FrameQA/VQA question type, for per-type accuracies
     people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
-
-
-class ClipDataset(torch.utils.data.Dataset):
-    """Examples with their sampled clips. Items are asked for as (epoch, index): see `training_order`.
-
-    The random clips of an item depend on (seed, epoch, index) alone, not on which worker reads it or when: two runs,
-    with any number of workers, stopped and resumed or not, see the same frames.
-    """
-
-    def __init__(self, examples, folder, *, n_clips, n_frames, fps, size, train, seed=0, blind=False, cache=False,
-                 select="uniform"):  # fmt: skip
-        self.examples, self.folder = examples, folder
-        self.sampling, self.shape = (n_clips, n_frames, fps, size, train), (n_clips, n_frames, 3, size, size)
-        self.train, self.seed, self.blind, self.cache, self.select = train, seed, blind, cache, select
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, key):
-        generator, unreadable, index = self.generator(key, "clips"), [], key[1]
-        for attempt in range(20):  # an unreadable video is replaced by the next example in training ...
-            example = self.examples[(index + attempt) % len(self)]
-            try:
-                frames = self.read(example, generator)
-                break
-            except DataError as error:
-                unreadable.append(str(error))
-                if not self.train:  # ... and answered blindly, that is, counted as wrong, in evaluation
-                    frames = torch.zeros(self.shape, dtype=torch.uint8)
-                    break
-        else:
-            raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
-        return {"example": example, "frames": frames, "unreadable": unreadable}
-
-    def generator(self, key, purpose):
-        """Of what is random about an item: its "clips", or its "texts" (captions, and which of their words to mask)."""
-        return generator_of(self.seed, purpose, *key)
-
-    def read(self, example, generator):
-        path = find_media(self.folder, example.video)
-        if path is None:
-            raise DataError(f"{example.video}: no such video under {self.folder}")
-        frames = read_clips(path, *self.sampling, generator, self.cache, self.select)
-        return torch.zeros_like(frames) if self.blind else frames
+    path: str | None = None  # of the video; None: it is missing
+    captions: tuple = ()  # pretraining: those that are shown together, see caption_groups()
 
 
 def generator_of(*key):
@@ -273,6 +204,54 @@ def generator_of(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+class ClipDataset(torch.utils.data.Dataset):
+    """Examples with their sampled clips. Items are asked for as (epoch, index): see `training_order`.
+
+    The random clips of an item depend on (seed, epoch, index) alone, not on which worker reads it or when: two runs,
+    with any number of workers, stopped and resumed or not, see the same frames.
+    """
+
+    def __init__(self, examples, s, *, n_clips, train, draw=None):
+        """s: the settings (frames, fps, size, seed, blind, cache). n_clips: N. draw: see `CaptionDraw`."""
+        self.examples, self.s, self.n_clips, self.train, self.draw = examples, s, n_clips, train, draw
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, key):
+        """-> {"example", "frames" (N, T, 3, L, L) uint8, "texts", "unreadable"}; with draw "target" and "generator"."""
+        epoch, index = key
+        clips, unreadable = generator_of(self.s.seed, "clips", epoch, index), []
+        for attempt in range(20):  # an unreadable video is replaced by the next example in training ...
+            example = self.examples[(index + attempt) % len(self)]
+            try:
+                frames = self.read(example, clips)
+                break
+            except DataError as error:
+                unreadable.append(str(error))
+                if not self.train:  # ... and answered blindly, that is, counted as wrong, in evaluation
+                    frames = self.black()
+                    break
+        else:
+            raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
+        item = {"example": example, "frames": frames, "texts": input_texts(example), "unreadable": unreadable}
+        if self.draw:  # the generator's later numbers choose the words to mask
+            item["generator"] = generator_of(self.s.seed, "texts", epoch, index)
+            item["texts"], item["target"] = self.draw(example, item["generator"])
+        return item
+
+    def read(self, example, generator):
+        s = self.s
+        if s.blind:
+            return self.black()
+        if example.path is None:
+            raise DataError(f"{example.video}: no such video")
+        return read_clips(example.path, self.n_clips, s.frames, s.fps, s.size, self.train, generator, s.cache)
+
+    def black(self):
+        return torch.zeros((self.n_clips, self.s.frames, 3, self.s.size, self.s.size), dtype=torch.uint8)
+
+
 def training_order(n_examples, batch_size, n_batches, seed, start=0):
     """Yield batch number start, start + 1, ..., n_batches - 1, as lists of batch_size keys (epoch, index).
 
@@ -283,7 +262,7 @@ def training_order(n_examples, batch_size, n_batches, seed, start=0):
     first_epoch, first = divmod(start * batch_size, n_examples)
 
     def stream():
-        for epoch in count(first_epoch):
+        for epoch in itertools.count(first_epoch):
             for i in torch.randperm(n_examples, generator=generator_of(seed, "order", epoch)).tolist():
                 yield epoch, i
 
@@ -292,31 +271,43 @@ def training_order(n_examples, batch_size, n_batches, seed, start=0):
         yield list(islice(keys, batch_size))
 
 
+def ordered_batches(n_examples, batch_size):
+    """All examples once, in their order, in batches of keys (0, index)."""
+    keys = [(0, i) for i in range(n_examples)]
+    return [keys[b : b + batch_size] for b in range(0, n_examples, batch_size)]
+
+
 class Collator:
-    """A list of items to tensors. n texts per example: 1; in multiple choice, its options; of a MatchDataset, 2.
+    """A list of items to tensors. n texts per example: 1; in multiple choice, its options; else as many as are drawn.
 
     frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target (B,), with soft scores
-    (B, K), of a MatchDataset (B*n,); and plain lists.
+    (B, K), of drawn captions (B*n,); with a mask_rate mlm_labels (B*n, Lt); and plain lists.
     """
 
-    def __init__(self, tokenizer, text_length, answers=None):
-        self.tokenizer, self.text_length = tokenizer, text_length
+    def __init__(self, tokenizer, text_length, answers=None, mask_rate=0.0):
+        self.tokenizer, self.text_length, self.mask_rate = tokenizer, text_length, mask_rate
+        self.answers = answers  # of an open-ended task; an answer's place in the list is its label
         self.labels = {answer: i for i, answer in enumerate(answers or [])}
 
     def __call__(self, items):
-        examples = [item["example"] for item in items]
-        tokens = self.tokenizer(
-            [text for item in items for text in item.get("captions") or input_texts(item["example"])],
-            padding=True, truncation=True, max_length=self.text_length, return_tensors="pt",
-        )  # fmt: skip
-        return {
+        texts = [text for item in items for text in item["texts"]]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.text_length)["input_ids"]
+        ids = [torch.tensor(row) for row in ids]  # (length of its text,) each
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        batch = {
             "frames": torch.stack([item["frames"] for item in items]),
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "target": torch.tensor([t for item in items for t in item.get("matches", [self.target(item["example"])])]),
-            "examples": examples,
+            "attention_mask": pad([torch.ones_like(row) for row in ids]),
+            "target": torch.tensor([t for item in items for t in item.get("target", [self.target(item["example"])])]),
+            "examples": [item["example"] for item in items],
             "unreadable": [item["unreadable"] for item in items],
         }
+        if self.mask_rate:  # before padding: what is masked must not depend on the other texts of the batch
+            generators = [item["generator"] for item in items for _ in item["texts"]]
+            masked = [mask_tokens(row, self.tokenizer, generator, self.mask_rate)
+                      for row, generator in zip(ids, generators, strict=True)]  # fmt: skip
+            ids, labels = zip(*masked, strict=True)
+            batch["mlm_labels"] = pad(labels, padding_value=-100)
+        return batch | {"input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id)}
 
     def target(self, example):
         """What the loss wants: an option's index, an answer's label (-1: not in the list), all soft scores, a count."""
@@ -330,31 +321,13 @@ def input_texts(example):
     return [f"{example.text} {option}".strip() for option in example.options] or [example.text]
 
 
-def draw_mismatch(caption_of, count, own, generator):
-    """A random one of caption_of(0 .. count - 1) that is not among `own`; None if all seem to be."""
-    for _ in range(100):
-        caption = caption_of(torch.randint(count, (), generator=generator).item())
-        if caption.lower() not in own:
-            return caption
-    return None
-
-
-class MatchDataset(ClipDataset):
-    """Captioned videos for retrieval: with every video its caption and one of another video."""
-
-    def __init__(self, examples, folder, **sampling):
-        super().__init__(examples, folder, **sampling)
-        self.own = {}  # {video: everything said about it}: a caption of two videos is no negative for either
-        for example in examples:
-            self.own.setdefault(example.video, set()).add(example.text.lower())
-
-    def __getitem__(self, key):
-        item = super().__getitem__(key)
-        own = self.own[item["example"].video]
-        wrong = draw_mismatch(lambda i: self.examples[i].text, len(self), own, self.generator(key, "texts"))
-        if wrong is None:
-            raise DataError(f"{self.folder}: every caption is said of every video; there is nothing to tell apart")
-        return item | {"captions": [item["example"].text, wrong], "matches": [1, 0]}  # its own first: see rank_loss
+def data_loader(dataset, batches, collate, workers):
+    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=outlive_signals,
+        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
+    )  # fmt: skip
 
 
 def outlive_signals(worker):
@@ -364,100 +337,52 @@ def outlive_signals(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
-def data_loader(dataset, batches, collate, workers, pin_memory=False):
-    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
-        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
-    )  # fmt: skip
+# -------------------------------------------------- captions: some of them wrong (ITM, retrieval), words masked (MLM)
+def caption_groups(examples, n):
+    """Examples of one caption each to examples of n captions of one image, as the reference groups them in pretraining.
 
-
-# -------------------------------------------------- pretraining: captions, some of them wrong, with words masked
-class CaptionedImage(NamedTuple):
-    """An image (or a video), some of its captions, and everything that is said about it."""
-
-    video: str
-    captions: tuple  # those that are shown together, in one pass
-    own: frozenset = frozenset()  # all of its captions, in lower case: none of them is ever a mismatch
-
-
-def captioned_images(examples):
-    """One per image, in the order of the file; a caption that stands twice under an image counts once."""
+    An epoch shows every caption once, an image as often as it has groups: of 5 captions with n = 2, 3 times. A caption
+    that stands twice under an image counts once.
+    """
     captions = {}
     for example in examples:
-        captions.setdefault(example.video, {})[example.text] = None
-    return [CaptionedImage(video, tuple(texts), frozenset(text.lower() for text in texts))
-            for video, texts in captions.items()]  # fmt: skip
+        captions.setdefault(example.video, (example, {}))[1][example.text] = None
+    return [example._replace(captions=tuple(texts)[i : i + n])
+            for example, texts in captions.values() for i in range(0, len(texts), n)]  # fmt: skip
 
 
-def caption_groups(images, n):
-    """Each image's captions in groups of n, so that an epoch shows every caption once, as the reference does.
+class CaptionDraw:
+    """Draws n captions for a video, by turns one of its own and one of another video's: a match and a mismatch.
 
-    An image with 5 captions, n = 2: 3 groups; the last one's only caption will stand there twice.
-    """
-    return [image._replace(captions=image.captions[i : i + n])
-            for image in images for i in range(0, len(image.captions), n)]  # fmt: skip
-
-
-class CaptionDataset(ClipDataset):
-    """Captioned images: one clip, and n captions, by turns one of the image's own and one of another image.
-
-    All that is random here depends on (seed, epoch, index) alone, as the clips do: fixed masks in evaluation.
+    Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss of a coin: as many
+    right as wrong ones per video. Otherwise ITM begins by learning which pictures had luck with their coins.
     """
 
-    def __init__(self, images, folder, *, captions, **sampling):
-        super().__init__(images, folder, n_clips=1, **sampling)
-        self.captions = captions
+    def __init__(self, examples, n):
+        self.examples, self.n = examples, n
+        self.own = {}  # {video: everything said about it}: a caption of two videos is no mismatch for either
+        for example in examples:
+            said = example.captions or (example.text,)
+            self.own.setdefault(example.video, set()).update(text.lower() for text in said)
 
-    def __getitem__(self, key):
-        item, generator = super().__getitem__(key), self.generator(key, "texts")  # the collator goes on with it: masks
-        texts, matches = self.draw_captions(item["example"], generator)
-        return item | {"captions": texts, "matches": matches, "generator": generator}
-
-    def draw_captions(self, image, generator):
-        """-> n captions and n labels: 1 if it is the image's own, 0 if another's. Own ones repeat if there are too few.
-
-        Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss of a coin: as
-        many right as wrong ones per image. Otherwise ITM begins by learning which pictures had luck with their coins.
-        """
-        order = torch.randperm(len(image.captions), generator=generator).tolist()
-        texts = [image.captions[order[i % len(order)]] for i in range(self.captions)]
+    def __call__(self, example, generator):
+        """-> n captions, n labels: 1 if it is the video's own, 0 if another's. Own ones repeat if there are too few."""
+        own = example.captions or (example.text,)
+        order = torch.randperm(len(own), generator=generator).tolist()
+        texts = [own[order[i % len(own)]] for i in range(self.n)]
         coin = torch.randint(2, (), generator=generator).item()
-        matches = [(i + coin) % 2 for i in range(self.captions)]
-        for i, match in enumerate(matches):
-            wrong = None if match else self.draw_mismatch(image, generator)
-            matches[i], texts[i] = (0, wrong) if wrong else (1, texts[i])
-        return texts, matches
+        labels = [(i + coin) % 2 for i in range(self.n)]
+        return [text if label else self.mismatch(example, generator) for text, label in zip(texts, labels)], labels
 
-    def draw_mismatch(self, image, generator):
-        """A caption of another image; never one that is also said about this image."""
-
-        def draw(i):
-            captions = self.examples[i].captions
-            return captions[torch.randint(len(captions), (), generator=generator)]
-
-        return draw_mismatch(draw, len(self), image.own, generator)
-
-
-class Mix(torch.utils.data.Dataset):
-    """Several data sets as one, whose items are asked for as (data set, epoch, index)."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __getitem__(self, key):
-        return self.parts[key[0]][key[1:]]
-
-
-def mixed_order(sizes, ratio, batch_size, n_batches, seed, start=0):
-    """`training_order` for a Mix: each batch comes from one data set, drawn in proportion to `ratio`."""
-    generator = generator_of(seed, "mix")
-    choices = torch.multinomial(torch.tensor(ratio).double(), n_batches, True, generator=generator).tolist()
-    orders = [training_order(size, batch_size, n_batches, seed, choices[:start].count(i))
-              for i, size in enumerate(sizes)]  # fmt: skip
-    for i in choices[start:]:
-        yield [(i, *key) for key in next(orders[i])]
+    def mismatch(self, example, generator):
+        """A caption of another video, drawn at random until it is one that is not said of this video, too."""
+        for _ in range(100):
+            other = self.examples[torch.randint(len(self.examples), (), generator=generator)]
+            captions = other.captions or (other.text,)
+            caption = captions[torch.randint(len(captions), (), generator=generator)]
+            if caption.lower() not in self.own[example.video]:
+                return caption
+        raise DataError(f"{example.video}: every caption is said of every video; there is nothing to tell apart")
 
 
 def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
@@ -472,34 +397,6 @@ def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
     masked = torch.where(chance < 0.9 * rate, tokens, input_ids)
     masked = masked.masked_fill(chance < 0.8 * rate, tokenizer.mask_token_id)
     return masked, input_ids.masked_fill(chance >= rate, -100)
-
-
-class CaptionCollator(Collator):
-    """Captioned images to tensors, n captions per image one after the other, so that they share its CNN pass.
-
-    frames (B, 1, T, 3, L, L) uint8; input_ids, attention_mask, mlm_labels (B*n, Lt); itm_labels (B*n,), 1: a match.
-    """
-
-    def __init__(self, tokenizer, text_length, mask_rate=0.15):
-        super().__init__(tokenizer, text_length)
-        self.mask_rate = mask_rate
-
-    def __call__(self, items):
-        rows = []
-        for item in items:
-            tokens = self.tokenizer(item["captions"], truncation=True, max_length=self.text_length)
-            for ids in tokens["input_ids"]:
-                rows.append(mask_tokens(torch.tensor(ids), self.tokenizer, item["generator"], self.mask_rate))
-        ids, labels = zip(*rows, strict=True)  # (length of its text,) each
-        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        return {
-            "frames": torch.stack([item["frames"] for item in items]),
-            "input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
-            "attention_mask": pad([torch.ones_like(row) for row in ids]),
-            "mlm_labels": pad(labels, padding_value=-100),
-            "itm_labels": torch.tensor([match for item in items for match in item["matches"]]),
-            "unreadable": [item["unreadable"] for item in items],
-        }
 
 
 ########################################################################################################################
@@ -896,11 +793,10 @@ def write_cache(folder, size, rate, workers):
           f"{len(videos) - len(written) - len(errors):,} were there, {len(errors):,} cannot be read")
 
 
-def check_cached(folder, examples, size):
+def check_cached(examples, size):
     """Say how many of the examples' videos are cached; none is an error."""
-    paths = [find_media(folder, name, VIDEOS) for name in sorted({example.video for example in examples})]
-    paths = [path for path in paths if path]
-    count = sum(open_cached(path, size) is not None for path in paths)
+    paths = sorted({example.path for example in examples if example.path})
+    folder, count = os.path.dirname(paths[0]), sum(open_cached(path, size) is not None for path in paths)
     remedy = f"python data.py cache --data {folder} --size {size}"
     if not count:
         raise DataError(f"{folder}: no video is cached at {size} pixels; write the cache first: {remedy}")
@@ -1459,6 +1355,27 @@ LAYOUTS = {
                        stills=True),
 }  # fmt: skip
 ALIASES = {"tgif_qa": "tgif_qa_action"}
+
+
+def read_examples(task, folders, split):
+    """The examples of several folders as one list, with their media's paths."""
+    return [example._replace(path=(path := find_media(folder, example.video)) and str(path))
+            for folder in folders for example in LAYOUTS[task].read(folder, split=split)]  # fmt: skip
+
+
+def without_missing(examples, split, where, allow):
+    """The examples whose video is there (in testing all: a missing one counts as wrong); else the run stops, unless
+    missing videos are allowed."""
+    missing = {example.video for example in examples if example.path is None}
+    if missing:
+        videos = len({example.video for example in examples})
+        what = f"{len(missing):,} of {videos:,} {split} videos are missing under {where} ({min(missing)}, ...)"
+        if len(missing) == videos:
+            raise DataError(f"{what}: put them there")
+        if not allow:
+            raise DataError(f"{what}: put them there, or go on without them (--allow_missing)")
+        print(f"note: {what}", file=sys.stderr)
+    return [example for example in examples if example.path or split != "train"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
