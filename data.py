@@ -1438,8 +1438,9 @@ ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The toy data: small enough for a laptop CPU, in the public layouts, so that toy and real data share every reader
+# The toy data: small enough for a laptop CPU
 #
+# It stands in the public layouts, so that toy and real data share every reader.
 # One world: each GIF shows one object of some colour, shape and place. It does one action several
 # times, later another one once, and in between it idles. Every action can be told from a single
 # frame, but most single frames show idling or the other action: one clip is often not enough, a few
@@ -1449,12 +1450,14 @@ ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 TOY_VERSION = 4  # a new number rewrites the toy data
 TOY_SIZE = 64  # pixels: the tiny model's L, which gives it a 4 x 4 grid
-# 8-second GIFs. 16 clips of one frame (the largest N_test) lie 2 frames apart and miss nothing long.
+# 8-second GIFs. 16 clips of one frame (the largest N_test) lie 2 frames apart, and no action is
+# shorter than 3: all together they see everything, one alone sees little.
 TOY_FPS, TOY_FRAMES = 4, 32
-# Frames of the repeated action, in all, and of the other one. Half of a GIF and more than a quarter,
-# so that a few clips see both; what remains is 7 frames, one for each rest around five repetitions.
+# Frames of the repeated action, in all, and of the other one. Half of a GIF and more than a
+# quarter, so that a few clips see both. What remains are 7 frames of rest: five repetitions and the
+# last action, the most there are, have 7 gaps around them.
 TOY_BUSY, TOY_LAST = 16, 9
-# Eight colours that the tiny model tells apart on any of the dark backgrounds.
+# Far apart, and brighter than any background (70 of 255 at most).
 TOY_COLORS = {
     "red": "#dc2828", "green": "#28b43c", "blue": "#3c5af0", "yellow": "#f0dc32",
     "purple": "#a03cc8", "orange": "#fa8c1e", "white": "#f0f0f0", "pink": "#fa82be",
@@ -1464,11 +1467,12 @@ TOY_SHAPES = {  # corners around (0, 0), in units of the object's radius
     "bar": [(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)],
     "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
     "cross": [(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35), (1.2, -0.35), (1.2, 0.35), (0.35, 0.35),
-              (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35), (-0.35, -0.35)],
+              (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35),
+              (-0.35, -0.35)],
 }  # fmt: skip
-# Two for each video and, where there are options, four that this video does not show: eight suffice.
+# Eight: a video shows two, and four others have to be its wrong options.
 TOY_ACTIONS = ["jump", "spin", "grow", "shrink", "blink", "split", "shine", "wave"]
-# Centres in pixels. None is nearer to an edge than the widest action reaches, nor on moons or marks.
+# Centres in pixels, between the moons (above 6) and the marks (below 57).
 TOY_PLACES = {"left": (16, 30), "right": (48, 30), "top": (32, 22), "bottom": (32, 42)}
 TOY_NUMBERS = ["one", "two", "three", "four"]  # of moons: as words, which are answers of FrameQA
 
@@ -1483,22 +1487,24 @@ TOY_QUESTIONS = {
     "color": ("what is the color of the {shape} ?", "color"),
     "location": ("where is the {color} {shape} ?", "place"),
 }
-# What one frame answers: FrameQA's types 1, 2, 3 in the public files. None asks for a shape (type 0,
-# object): 64 pixels and a few minutes from scratch are too little to learn it.
+# What one frame answers: FrameQA's types 1, 2, 3 in the public files. None asks for a shape
+# (type 0, object): 64 pixels and a few minutes from scratch are too little to learn it.
 TOY_LOOKS = ["number", "color", "location"]
 
-# Captions of a toy GIF. They leave out the colour: alike but for what happens, so that retrieval has
-# to see several clips. The first alone already tells which two actions there are, and their order.
+# Captions of a toy GIF. They leave out the colour: alike but for what happens, so that retrieval
+# has to see several clips. The first already tells both actions and their order, so the test's
+# single caption is this one.
 TOY_SENTENCES = [
     "the {shape} does {action} before {last}",
     "the {shape} does {last} after {action}",
     "the {shape} does {action} {times} times before {last}",
 ]
 
-# All that is ever said about a toy photo. It is a closed list, so that what is not on it is wrong of
-# the photo. The first two name nothing but the action: where every caption names all, the colour
-# alone tells a mismatch, and pretraining looks at nothing else. (It is as bad to name the colour
-# alone: "it is {color}" in place of the second made 100 steps of fine-tuning end at 56%, not 98%.)
+# All that is ever said about a toy photo. It is a closed list, so that what is not on it is wrong
+# of the photo. The first two name nothing but the action: where every caption names all, the colour
+# alone tells a mismatch, and pretraining need not look at anything else. Captions that name the
+# colour alone are as bad: with "it is {color}" as the second one, 100 steps of fine-tuning ended at
+# 56% in place of 98%.
 TOY_CAPTIONS = [
     "it does {action}",
     "the thing does {action}",
@@ -1533,7 +1539,7 @@ class ToyVideo(NamedTuple):
 def toy_video(name, rng):
     """Draw what happens in a video: rest, action, rest, action, ..., the last action, rest."""
     action, last = rng.sample(TOY_ACTIONS, 2)
-    times = rng.randint(2, 5)  # never once: "the action done once" would be another one's name
+    times = rng.randint(2, 5)  # never once, as `last` is: the question could mean either
     rests = [1] * (times + 2)  # frames before, between and after; the spare ones fall at random
     for _ in range(TOY_FRAMES - TOY_BUSY - TOY_LAST - len(rests)):
         rests[rng.randrange(len(rests))] += 1
@@ -1567,7 +1573,7 @@ def draw_toy_object(draw, color, shape, x, y, action):
     elif action == "wave":
         for side in (-1, 1):
             draw.line((x + side * 7, y, x + side * 18, y - 16), fill="#ffc8ff", width=3)
-    # Radius 10: large enough for a cell of the 4 x 4 grid (16 pixels), with room for what it does.
+    # Radius 10: somewhat wider than one of the grid's cells (16 pixels), with room for the action.
     r = 10 * {"grow": 1.6, "shrink": 0.5, "split": 0.6}.get(action, 1)
     for shift in (-10, 10) if action == "split" else (0,):
         corners = [(x + shift + r * dx, y + r * dy) for dx, dy in TOY_SHAPES[shape]]
@@ -1576,7 +1582,8 @@ def draw_toy_object(draw, color, shape, x, y, action):
 
 def draw_toy_video(video, rng):
     """The frames of a toy video, as Pillow images."""
-    # Background, exact place and drift tell nothing: no pixel stands for a video's answer.
+    # Background, exact place and drift say nothing about any answer. They make each GIF another
+    # picture, so that it can't be recognised as one of training.
     background = tuple(rng.randint(0, 70) for _ in range(3))  # dark: every colour is seen on it
     x, y = (c + rng.uniform(-3, 3) for c in TOY_PLACES[video.place])
     drift = rng.uniform(-5, 5)
@@ -1588,7 +1595,7 @@ def draw_toy_video(video, rng):
             draw.ellipse((3 + 6 * i, 2, 6 + 6 * i, 5), fill="#e6e678")
         for i in range(marks):
             draw.rectangle((4 + 9 * i, 58, 9 + 9 * i, 62), fill="#c8c8c8")
-        # It is never still, since a GIF writer would merge equal frames, and the count would change.
+        # Never still: a GIF writer would merge equal frames, and their number would change.
         place = (x + drift * t / TOY_FRAMES, y + t % 2)
         draw_toy_object(draw, TOY_COLORS[video.color], video.shape, *place, action)
         frames.append(image)
@@ -1597,7 +1604,10 @@ def draw_toy_video(video, rng):
 
 # -------------------------------------------------- writing: media, tables
 def write_gif(frames, path):
-    """Not optimized: that would take longer than the drawing."""
+    """Frames (Pillow images) as a GIF that repeats forever.
+
+    Not optimized: it would take a sixth longer, for files that are 3% smaller.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *rest = frames
     first.save(path, save_all=True, append_images=rest, duration=1000 // TOY_FPS, loop=0,
@@ -1647,7 +1657,8 @@ def toy_options(right, wrong, rng):
 
 
 # -------------------------------------------------- writing: the four parts
-# Sizes: what the tiny model learns its tasks from and what tells 90% from 95%, drawn in seconds.
+# Sizes: all is drawn in half a minute, and the README's accuracies were learned from so many. 200
+# test examples are half a point each, with a standard error of at most 3.5 points.
 def write_toy_tgif_qa(folder, train=1000, test=200):
     """TGIF-QA's layout: gifs/ and TAB-separated {Train,Test}_<kind>_question.csv for all four."""
     for split, count in (("Train", train), ("Test", test)):
@@ -1697,23 +1708,25 @@ def write_toy_vqa(folder, train=1500, test=200):
     for split, first, count in (("train2014", 1, train), ("val2014", train + 1, test)):
         rng, questions, annotations = random.Random(f"vqa {split} 0"), [], []
         photos = write_toy_photos(folder / split, f"COCO_{split}_", first, count, rng)
-        for number, photo in (each for each in photos for _ in range(2)):
-            question, answer, kind = toy_vqa_question(photo, rng)
-            # Ten people answer, and one of them has not looked: soft scores, as in the real data.
-            people = [answer] * 9 + [rng.choice([*TOY_COLORS, *TOY_SHAPES, "yes", "no"])]
-            said = [{"answer": given, "answer_id": i} for i, given in enumerate(people, 1)]
-            ids = {"question_id": len(questions), "image_id": number}
-            questions.append(ids | {"question": question})
-            annotations.append(ids | {"answers": said, "answer_type": kind,
-                                      "multiple_choice_answer": answer})  # fmt: skip
+        for number, photo in photos:
+            for _ in range(2):
+                question, answer, kind = toy_vqa_question(photo, rng)
+                # Ten people answer, and one has not looked: soft scores, as in the real data.
+                people = [answer] * 9 + [rng.choice([*TOY_COLORS, *TOY_SHAPES, "yes", "no"])]
+                said = [{"answer": given, "answer_id": i} for i, given in enumerate(people, 1)]
+                ids = {"question_id": len(questions), "image_id": number}
+                questions.append(ids | {"question": question})
+                annotations.append(ids | {"answers": said, "answer_type": kind,
+                                          "multiple_choice_answer": answer})  # fmt: skip
         write_json(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions})
         write_json(folder / f"v2_mscoco_{split}_annotations.json", {"annotations": annotations})
 
 
 def toy_vqa_question(photo, rng):
-    """(question, answer, answer type). The shares are about those of the public data's three types."""
+    """(question, answer, answer type): yes/no, number or other, as the official files name them."""
     if rng.random() < 0.3:
-        # The true colour in a bit more than half of them: "yes" is no better guess than in VQA.
+        # The true colour half of the time, else any of the eight: "yes" is right in 56%, so that
+        # it can't be guessed.
         color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
         answer = "yes" if color == photo.color else "no"
         return f"is the {photo.shape} {color} ?", answer, "yes/no"
@@ -1769,19 +1782,20 @@ def toy_msrvtt_videos(folder, train, test, rng):
 def write_toy_msrvtt_split(folder, split, activitynet, videos, rng):
     """Open questions (MSRVTT-QA) and paragraphs of two sentences (DiDeMo, ActivityNet)."""
     questions = []
-    for video in (video for video in videos for _ in range(3)):
-        # In a word: what the object does before something else, or what it is. Half and half, so
-        # that neither one frame nor the actions alone are enough.
-        name = "before" if rng.random() < 0.5 else rng.choice(TOY_LOOKS)
-        number = int(video.name.removeprefix("video"))
-        questions.append(video.ask(name) | {"video_id": number})
+    for video in videos:
+        ids = {"video_id": int(video.name.removeprefix("video"))}  # as published, without "video"
+        for _ in range(3):
+            # In a word: what the object does before something else, or what it is. Half and half:
+            # one needs several clips, the other a single frame.
+            name = "before" if rng.random() < 0.5 else rng.choice(TOY_LOOKS)
+            questions.append(video.ask(name) | ids)
     write_json(folder / f"{split}_qa.json", numbered("id", questions))
-    said = {video.name: [video.say("the {shape} does {action}"), video.say("the {shape} does {last}")]
-            for video in videos}  # fmt: skip
+    texts = ("the {shape} does {action}", "the {shape} does {last}")
+    said = {video.name: [video.say(text) for text in texts] for video in videos}
     moments = [{"video": name, "description": text} for name in said for text in said[name]]
     write_json(folder / f"{split}_data.json", numbered("annotation_id", moments))
     # Both sentences stand for the whole video: GIFs loop, and retrieval reads no time stamps.
-    times = {"duration": TOY_FRAMES / TOY_FPS, "timestamps": [[0, 8], [0, 8]]}
+    times = {"duration": TOY_FRAMES / TOY_FPS, "timestamps": [[0, 8]] * 2}
     write_json(folder / f"{activitynet}.json",
                {name: times | {"sentences": both} for name, both in said.items()})  # fmt: skip
 
@@ -1825,8 +1839,8 @@ def toy_data(*parts, folder="toy_data"):
                 marker.touch()
         except OSError as error:  # a read-only or full disk, a file where a folder should be
             raise DataError(
-                f"{marker.parent}: toy data cannot be written there ({error.strerror or error}); choose "
-                f"another directory (python data.py toy DIR, then --data DIR/{part})"
+                f"{marker.parent}: toy data cannot be written there ({error.strerror or error}); "
+                f"choose another directory (python data.py toy DIR, then --data DIR/{part})"
             ) from None
     return Path(folder)
 
