@@ -125,13 +125,6 @@ def test_photos_need_no_motion_and_captions_are_cut_at_the_text_length(tmp_path,
     assert code == 0 and {split: len(names) for (_, split), names in found.items()} == long
 
 
-def test_test_split_of_the_toy_photos_shows_its_own_photos(tmp_path):
-    """VQA's questions name a photo by its number alone: no number may stand for two."""
-    data.write_toy_vqa(tmp_path, train=3, test=2)
-    for split, place in (("train", "train2014"), ("test", "val2014")):
-        assert {data.find_media(tmp_path, e.video).parent.name for e in data.read_vqa(tmp_path, split)} == {place}
-
-
 def test_layouts_are_those_of_the_scripts():
     assert set(data.LAYOUTS) == {*finetune.TASKS, "pretrain"}
     assert data.LAYOUTS["pretrain"].text_length == pretrain.PAPER["text_length"]

@@ -128,7 +128,7 @@ WRONG = [  # command, words of its one line
     ("data check --data {toy} --text_length 2", "--text_length: '2' is not a whole number from 3"),
     ("data check --data {toy} --bert {tmp}/empty", "no vocabulary give --bert DIR"),
     ("data check --data {toy} --report {tmp}/none/report.tsv", "none/report.tsv: No such file or directory; choose"),
-    ("data toy {tmp}/text.pt", "text.pt/tgif_qa/gifs: Not a directory; choose another place"),
+    ("data toy {tmp}/text.pt", "text.pt/tgif_qa: Not a directory choose another directory"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
     WRONG.append(("finetune --data {toy} --precision fp16", "--precision fp16 needs a GPU: choose fp32 or bf16"))
