@@ -517,7 +517,8 @@ class Settings:
     """
 
     # where
-    data: tuple = setting(None, "folders of the data set (default: the toy data, in toy_data/)", nargs="+")
+    data: tuple = setting(None, "folders of the data set (default: the toy data, in toy_data/)", nargs="+",
+                          type=os.path.normpath)  # plain text, so that a resumed run can compare: toy/ is toy
     out: str = setting(None, "where to write (default: a new folder in runs/)", metavar="DIR")
     overwrite: bool = setting(False, "write into an --out that holds a run, and lose that run")
     resume: bool = setting(False, "go on from the newest whole checkpoint in --out (default: the newest run)")
@@ -573,6 +574,7 @@ def parse_flags(parser, settings, arguments=None):
         else:
             parser.add_argument(f"--{f.name}", **how)
     given = vars(parser.parse_args(arguments))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}  # as defaults are
     if sum(name in given for name in ("init", "resume", "eval")) > 1:
         parser.error("--init, --resume and --eval exclude each other; choose one")
     if given.get("model") != "base" and not {"resume", "eval"} & given.keys():
@@ -842,7 +844,7 @@ def load_stopped(settings, given, name):
         except ValueError as error:
             problems.append(str(error))
     else:
-        raise ValueError(f"{problems[0]}: nothing to go on from; start anew without --resume")
+        raise ValueError(f"{problems[0]}: nothing to go on from; start anew with --overwrite, not --resume")
     for problem in problems:
         print(f"note: {problem}; taking the one before it")
     if "optimizer" not in state or "settings" not in state:
@@ -968,6 +970,9 @@ class Training:
         self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
         if RANK:  # the same model, but each process its own dropout
             torch.manual_seed(s.seed + 1_000_003 * RANK)
+        if not stopped and not RANK:  # --overwrite: what was there must never be what this run falls back on
+            for name in ("last.pt", "previous.pt", "best.pt"):
+                (self.out / name).unlink(missing_ok=True)
         logged = self.restore(stopped) if stopped else 0
         self.first_batch, self.n_batches = (n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps))
         if not RANK:
@@ -1155,10 +1160,10 @@ def explain(error):
     if isinstance(error, KeyboardInterrupt):
         number, message = error.args or (signal.SIGINT, "stopped: --resume goes on from the last checkpoint, if any")
         return message, 128 + number
-    if isinstance(error, RuntimeError) and re.search("out of memory|ALLOC_FAILED", text):  # CUDA's, cuDNN's, cuBLAS's
+    if isinstance(error, RuntimeError) and re.search(r"out of memory|ALLOC\w*_FAILED", text):  # CUDA's, cuDNN's, cuBLAS's
         return ("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or lower "
                 "--size (other numbers)"), 2  # fmt: skip
-    if re.search("Bus error|shared memory|/torch_", text):  # where workers put their batches
+    if re.search("Bus error|shared memory|file </torch_", text):  # where workers put their batches
         return ("error: /dev/shm is full: start Docker with --shm-size 8g or --ipc=host, or use --workers 0; --resume "
                 "goes on from the last checkpoint"), 2  # fmt: skip
     # a data loader's worker that died: torch says so, or the pipe to it breaks first

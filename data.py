@@ -1357,8 +1357,17 @@ LAYOUTS = {
 ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 
+def no_folder(path):
+    """What is wrong with a data set's folder, in a sentence; "" if it is one."""
+    what = "not a folder" if os.path.exists(path) else "no such folder"
+    return "" if os.path.isdir(path) else f"{path}: {what}; give the one that holds the data set"
+
+
 def read_examples(task, folders, split):
     """The examples of several folders as one list, with their media's paths."""
+    for folder in folders:
+        if fault := no_folder(folder):
+            raise DataError(f"--data {fault}")
     return [example._replace(path=(path := find_media(folder, example.video)) and str(path))
             for folder in folders for example in LAYOUTS[task].read(folder, split=split)]  # fmt: skip
 
@@ -2116,8 +2125,8 @@ def print_check(splits, found):
 
 def folder(text):
     """The type of a flag that names an existing folder."""
-    if not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text}: no such folder; give the one that holds the data set")
+    if fault := no_folder(text):
+        raise argparse.ArgumentTypeError(fault)
     return Path(text)
 
 

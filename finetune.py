@@ -98,8 +98,10 @@ def parse_arguments(arguments=None):
     """The values that the command line gives, by name; flags that need each other are checked."""
     parser = data.Parser(description=__doc__)
     given = clipbert.parse_flags(parser, Settings, arguments)
-    task = given.get("task", Settings.task)
-    given["task"] = data.ALIASES.get(task, task)
+    if not {"resume", "eval"} & given.keys():  # a checkpoint knows its task
+        given.setdefault("task", Settings.task)
+    if "task" in given:
+        given["task"] = data.ALIASES.get(given["task"], given["task"])
     if "split" in given and "eval" not in given:
         parser.error("--split chooses what --eval CKPT evaluates")
     if {"predict", "question", "options"} & given.keys() and not {"eval", "predict", "question"} <= given.keys():
@@ -125,7 +127,7 @@ def run_training(given):
     """Train, then evaluate best.pt on the test split."""
     state, stopped = None, None
     if "resume" in given:
-        s, stopped = clipbert.load_stopped(Settings, given, given["task"])
+        s, stopped = clipbert.load_stopped(Settings, given, given.get("task", Settings.task))
     else:
         state = clipbert.load_checkpoint(given["init"]) if "init" in given else None
         s = new_settings(given, state)
