@@ -612,7 +612,8 @@ def new_folder(s, name):
 
     if s.out is None:
         name = f"runs/{name}{'_blind' if s.blind else ''}"
-        s.out = next(out for out in (name, *(f"{name}-{i}" for i in count(2))) if not holds_run(out))
+        names = (name if i == 1 else f"{name}-{i}" for i in count(1))
+        s.out = next(out for out in names if not holds_run(out))
         print(f"writing to {s.out}")
     elif holds_run(s.out) and not s.overwrite:
         raise ValueError(f"{s.out}: holds a run; choose another --out, go on with --resume, or lose it by --overwrite")
@@ -792,7 +793,8 @@ def whole_file(path, previous=None):
         cause = (isinstance(error, RuntimeError) and error.__context__) or error
         if not isinstance(cause, OSError):
             raise cause from None
-        raise OSError(f"{path}: not written ({cause.strerror or cause}): make room or choose another --out") from error
+        cure = "make room, then --resume" if previous and os.path.exists(path) else "make room or choose another --out"
+        raise OSError(f"{path}: not written ({cause.strerror or cause}): {cure}") from error
 
 
 def write_text(path, text):

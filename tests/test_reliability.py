@@ -517,7 +517,8 @@ def test_two_processes_equal_one_with_twice_the_accumulation(toy, photos, tmp_pa
         assert [finish(process) for process in processes] == [0, 0, 0]
     weights, twins = (clipbert.load_checkpoint(out / "last.pt")["model"] for out in (one, other))
     for name in weights:
-        torch.testing.assert_close(weights[name], twins[name], rtol=0, atol=1e-5)
+        # 20 updates of at most 3e-4: sums in another order, which Adam enlarges where gradients are all but zero
+        torch.testing.assert_close(weights[name], twins[name], rtol=0, atol=5e-5)
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, other)]
     assert logs[0][-1]["step"] == 20
     for row, twin in zip(*logs, strict=True):
