@@ -793,10 +793,15 @@ def write_cache(folder, size, rate, workers):
           f"{len(videos) - len(written) - len(errors):,} were there, {len(errors):,} cannot be read")
 
 
-def check_cached(examples, size):
-    """Say how many of the examples' videos are cached; none is an error."""
+def check_cached(examples, s):
+    """With --cache, say how many of the examples' videos are cached, none is an error; without, that there is a cache."""
     paths = sorted({example.path for example in examples if example.path})
-    folder, count = os.path.dirname(paths[0]), sum(open_cached(path, size) is not None for path in paths)
+    if not s.cache:
+        if any(path.lower().endswith(VIDEOS[1:]) for path in paths):  # all but GIFs, which Pillow reads in no time
+            print("note: `python data.py cache --data DIR` decodes the videos once; --cache then reads them much faster")
+        return
+    folder, size = os.path.dirname(paths[0]), s.size
+    count = sum(open_cached(path, size) is not None for path in paths)
     remedy = f"python data.py cache --data {folder} --size {size}"
     if not count:
         raise DataError(f"{folder}: no video is cached at {size} pixels; write the cache first: {remedy}")

@@ -109,12 +109,10 @@ def parse_arguments(arguments=None):
     return given
 
 
-def new_settings(given, state):
-    """Of a new run; state: the checkpoint of --init, or None."""
-    task, model = TASKS[given["task"]], clipbert.model_name(given, state)
-    tiny = TINY | (task.tiny or {}) if model == "tiny" else {}
-    rows = [{"text_length": data.LAYOUTS[given["task"]].text_length}, task.paper or {}, tiny, {"model": model}]
-    return clipbert.settle(Settings, rows, given)
+def row(name, model):
+    """What a task has instead of the defaults: the paper's settings, and the changes of the model, if it is tiny."""
+    task, length = TASKS[name], {"text_length": data.LAYOUTS[name].text_length}
+    return length | (task.paper or {}) | (TINY | (task.tiny or {}) if model == "tiny" else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,22 +121,15 @@ def new_settings(given, state):
 
 def run_training(given):
     """Train, then evaluate best.pt on the test split."""
-    state, stopped = None, None
-    if "resume" in given:
-        s, stopped = clipbert.load_stopped(Settings, given, given["task"])
-    else:
-        state = clipbert.load_checkpoint(given["init"]) if "init" in given else None
-        s = new_settings(given, state)
-        clipbert.new_folder(s, s.task)
+    s, start, stopped = clipbert.begin(Settings, given, given["task"], lambda model: row(given["task"], model))
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
         examples, test = load_examples(s, "train"), load_examples(s, "test")
-        model, vocabulary, answers, guess = load_model(s, stopped) if stopped else new_model(s, state, examples)
+        model, vocabulary, answers, guess = load_model(s, stopped) if stopped else new_model(s, start, examples)
     if answers:
         examples = only_known_answers(s, examples, set(answers), "training: left out")
         only_known_answers(s, test, set(answers), "test: counted as wrong")
-    if s.cache:
-        data.check_cached(examples + test, s.size)
+    data.check_cached(examples + test, s)
     model = clipbert.use_machine(s, model)
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, answers)
     training = clipbert.Training(
@@ -239,7 +230,7 @@ def new_model(s, state, examples):
 
 def load_model(s, state):
     """-> (model, vocabulary, answers, guess) of one of our fine-tuning checkpoints."""
-    if not {"num_outputs", "guess"} <= state.keys():
+    if state["task"] not in TASKS:
         raise ValueError(f"{s.eval or s.out}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
     retrieval = TASKS[state["task"]].kind == TASKS[s.task].kind == "match"  # one retrieval model does for them all
     if state["task"] != s.task and not retrieval:
@@ -519,13 +510,7 @@ def print_next_steps(s):
 
 def load_for_use(given):
     """--eval: (s, model, collate, guess) of a fine-tuned checkpoint, with its settings where no flag says otherwise."""
-    state = clipbert.load_checkpoint(given["eval"])
-    if not clipbert.is_ours(state) or "settings" not in state or "train_clips" not in state["settings"]:
-        raise ValueError(f"{given['eval']}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
-    own = {"resume": False, "overwrite": False, "limit": None, "workers": None, "precision": None}  # of that run alone
-    s = clipbert.settle(Settings, [state["settings"], own], given)
-    if s.blind and "blind" not in given:
-        print(f"{s.eval}: trained blind, so it sees no frames here, either")
+    s, state = clipbert.load_finished(Settings, given)
     model, vocabulary, answers, guess = load_model(s, state)
     model = clipbert.use_machine(s, model)
     return s, model, data.Collator(data.build_tokenizer(vocabulary), s.text_length, answers), guess
@@ -535,13 +520,11 @@ def run_evaluation(given):
     """--eval: evaluate a checkpoint at each N_test. The results lie beside it, named after what was evaluated."""
     s, model, collate, guess = load_for_use(given)
     test = load_examples(s, s.split)
-    if s.cache:
-        data.check_cached(test, s.size)
+    data.check_cached(test, s)
     began = time.time()
     results = evaluate(s, model, collate, test, s.test_clips)
-    folder = Path(given["out"]) if "out" in given else Path(s.eval).parent
     ending = f"-{s.task}-{s.split}-{Path(s.data[0]).resolve().name if s.data else 'toy'}"
-    report(s, folder, ending, results, chance_level(s, guess, test), time.time() - began)
+    report(s, Path(s.out), ending, results, chance_level(s, guess, test), time.time() - began)
 
 
 def run_prediction(given):
