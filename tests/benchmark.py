@@ -44,6 +44,14 @@ def optional(module):
 
 
 av, torchcodec, decord = map(optional, ("av", "torchcodec.decoders", "decord"))
+if torchcodec:  # without FFmpeg's libraries it can be imported, but its first decoder fails
+    try:
+        torchcodec.VideoDecoder(b"")
+    except ValueError:
+        pass  # FFmpeg is there and says that this is no video
+    except (ImportError, OSError, RuntimeError):
+        print("torchcodec can't decode: left out")
+        torchcodec = None
 
 
 def measure(jobs, repeats=5):
