@@ -668,8 +668,9 @@ def _read_video(path, media, wanted, size):
 def _plan(media, wanted):
     """[(index at which decoding starts, wanted indices)]: seek where that spares time.
 
-    A seek costs as much as some frames; it lands on a key frame. Clips with none between them share
-    one: the second would decode the first's frames again. Short videos thus mostly need no seek, long ones about one a clip.
+    A seek takes as long as decoding some frames, and it lands on a key frame. Clips with none
+    between them share one: the second would decode the first's frames again. Short videos thus
+    mostly need no seek, long ones about one a clip.
     """
     segments, decoded = [(0, [])], 0
     for i in wanted:
