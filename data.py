@@ -768,10 +768,10 @@ def read_frames(path, indices, size):
     return frames if indices == wanted else frames[[wanted.index(i) for i in indices]]
 
 
-# -------------------------------------------------- the cache: a few frames a second, as small JPEGs
-# Decoding a clip means decoding all frames since the last key frame, some hundred; a JPEG stands for
-# itself. So random clips come ten times as fast, at the price of disk (1.2 MB for 15 s at 448 pixels
-# and 4 frames a second) and of frames up to 1/8 s away from those asked for.
+# -------------------------------------------------- the cache: a few small JPEGs a second
+# Decoding a clip means decoding all frames since the last key frame, some hundred; a JPEG stands
+# for itself. So random clips come ten times as fast, at the price of disk (1.2 MB for 15 s at 448
+# pixels and 4 frames a second) and of frames up to 1/8 s away from those asked for.
 def cached_file_of(path, size):
     """videos/video7.mp4 -> videos/cached/video7.mp4.448.zip: about.json, 0.jpg, 1.jpg, ..."""
     return Path(path).parent / "cached" / f"{Path(path).name}.{size}.zip"
