@@ -26,6 +26,7 @@ video that is simply its i-th frame, and variable rates need no special care.
 
 import argparse
 import bisect
+import contextlib
 import csv
 import functools
 import hashlib
@@ -33,7 +34,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -43,9 +43,10 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import accumulate, islice
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -409,33 +410,31 @@ def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
 # Files to frames: Pillow reads images and GIFs, the bundled ffmpeg everything else
 
 TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
-MAX_SIDE, MAX_PIXELS = 8192, 2**25  # per frame (8K video fits); more is a decompression bomb or a mistake
-SEEK_COST = 10  # frames that are decoded in the time of one more seek (opening the file again, parsing its header)
-PROCESS_COST = 50  # frames that are decoded in the time of starting one more process
-SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, which with B-frames is a few frames ahead of what is shown
-SEEKS = 16  # in one ffmpeg process: each needs a decoder of its own
+MAX_SIDE, MAX_PIXELS = 8192, 2**25  # of a frame (8K video fits); more is a mistake, or a bomb
+SEEK_COST = 10  # frames that are decoded in the time of one more seek (open, parse the header)
+SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, a few frames ahead of what B-frames show
+SEEKS = 32  # a file is opened so often at a time: each opening has a decoder and its memory
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-# Only containers that hold their own pixels: playlists, concat scripts and image patterns could open other files.
-VIDEO_FORMATS = ("asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,"
-                 "rm,wav,yuv4mpegpipe")  # fmt: skip
-SEEKABLE = ("mov", "matroska")  # these carry an index; a seek in e.g. MPEG-TS may land after the frame we want
-TIMED = (*SEEKABLE, "avi")  # headers that tell the duration; elsewhere ffmpeg would guess it from the bit rate
+# Containers that hold their own pixels: playlists, concat scripts and image patterns could open
+# other files.
+VIDEO_FORMATS = ("asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mpeg,mpegts,"
+                 "mpegvideo,mxf,nut,obu,ogg,rm,wav,yuv4mpegpipe")  # fmt: skip
 
 
 class Media(NamedTuple):
-    """What a file's header says."""
+    """What a file holds."""
 
-    num_frames: int  # at the nominal rate: round(duration * fps), at least 1
-    fps: float  # nominal (average) rate; 1.0 for still images
+    num_frames: int
+    fps: float  # the average rate; 1.0 for a single picture
     width: int  # as displayed, rotation applied
     height: int
-    start: float = 0.0  # seconds between the start of the file (perhaps its sound) and the first frame
+    start: float = 0.0  # seconds from the start of the file (perhaps its sound) to the first frame
     reader: str = "pillow"  # or "ffmpeg"
-    keys: tuple = ()  # key frames, at which decoding can start; none for a container that seeks inexactly
+    keys: tuple = ()  # the indices at which decoding can start; none where seeking is not exact
 
 
 def _tolerance(fps):
-    """Seconds by which a frame may begin late and still count: containers round times to milliseconds."""
+    """Seconds by which a frame may begin late and still count: containers round to milliseconds."""
     return min(0.002, 0.25 / fps)
 
 
@@ -446,35 +445,42 @@ def _check_dimensions(path, width, height):
 
 # -------------------------------------------------- images and animations: Pillow
 def _image_frames(image, path):
-    """Yield (seconds at which the frame disappears, the image positioned at the frame), from the first frame on."""
+    """Yield (seconds at which a frame disappears, the image positioned at it), from the first on.
+
+    Ends where the file does, or at damage, for which Pillow raises almost anything: what came
+    before is kept. Only a file without a first frame is an error.
+    """
     end, count, deadline = 0, 0, time.monotonic() + TIME_LIMIT
-    while count == 0 or image.format in ("GIF", "PNG", "WEBP"):  # a second picture inside a JPEG is no animation
+    # A second picture inside a JPEG is no animation.
+    while count == 0 or image.format in ("GIF", "PNG", "WEBP"):
         if time.monotonic() > deadline:
             raise DataError(f"{path}: decoding takes over {TIME_LIMIT:.0f} s; shorten or remove it")
         try:
             image.seek(count)
             image.load()
-        except Exception:  # the end, or damage, for which Pillow raises almost anything: keep what decoded so far
+        except Exception:
             if count == 0:
                 raise
             return
-        end += image.info.get("duration") or 100  # milliseconds; browsers, too, read a delay of 0 as 100
+        end += image.info.get("duration") or 100  # milliseconds; browsers, too, read 0 as 100
         yield end / 1000, image
         count += 1
 
 
-def _probe_image(image, path):
-    width, height = image.size
-    _check_dimensions(path, width, height)
-    ends = [end for end, _ in _image_frames(image, path)]  # decodes all: delays are only known frame by frame
-    if len(ends) > 1:
-        return Media(len(ends), len(ends) / ends[-1], width, height)
-    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-    return Media(1, 1.0, *((height, width) if turned else (width, height)))
+def _probe_image(path):
+    """Media of an image or animation; raises anything at all where Pillow reads neither."""
+    with Image.open(path, formats=IMAGE_FORMATS) as image:  # by its first bytes, not by its name
+        width, height = image.size
+        _check_dimensions(path, width, height)
+        # Delays are only known frame by frame, so this decodes them all.
+        ends = [end for end, _ in _image_frames(image, path)]
+        if len(ends) > 1:
+            return Media(len(ends), len(ends) / ends[-1], width, height)
+        return Media(1, 1.0, *ImageOps.exif_transpose(image).size)  # a photo may lie on its side
 
 
 def _to_rgb(image):
-    """uint8 (3, H, W). Transparent areas become white: what most viewers, and ffmpeg for GIFs, show."""
+    """uint8 (3, H, W). Transparency becomes white: as in most viewers, and as ffmpeg's GIFs."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 instead of scaling
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.has_transparency_data:
@@ -485,12 +491,14 @@ def _to_rgb(image):
 
 def _read_image(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
+    # A frame is on the screen until it disappears: it is the answer to all indices before that.
     frames = []
     with Image.open(path, formats=IMAGE_FORMATS) as image:
         for end, frame in _image_frames(image, path):
             if media.num_frames == 1:
-                frame = ImageOps.exif_transpose(frame)  # photos only: it would copy every frame of a GIF
-            while len(frames) < len(wanted) and wanted[len(frames)] / media.fps + _tolerance(media.fps) < end:
+                frame = ImageOps.exif_transpose(frame)  # photos only: it copies the frame
+            while (len(frames) < len(wanted)
+                   and wanted[len(frames)] / media.fps + _tolerance(media.fps) < end):  # fmt: skip
                 frames.append(resize_and_pad(_to_rgb(frame), size))
             if len(frames) == len(wanted):
                 break  # a GIF must be decoded from its start, but not to its end
@@ -498,181 +506,153 @@ def _read_image(path, media, wanted, size):
 
 
 # -------------------------------------------------- videos: ffmpeg
+# One call lists a video's packets, one more decodes what is wanted of it, each with one thread: a
+# data loader's workers keep the other cores busy with other videos.
 def _ffmpeg(path, arguments):
-    """Run the bundled ffmpeg; returns (stdout, stderr). It is killed after TIME_LIMIT and never outlives this call."""
+    """Run the bundled ffmpeg, at most for TIME_LIMIT; returns (stdout, stderr)."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    try:  # in a process group of its own: a terminal's Ctrl-C stops our step when it is done, not ffmpeg before
+    try:  # in a process group of its own: Ctrl-C lets our step end before it ends anything
         done = subprocess.run(command, **pipes, timeout=TIME_LIMIT, check=False, process_group=0)
         killed = done.returncode < 0
     except subprocess.TimeoutExpired:
         killed = True
     if killed:
-        raise DataError(f"{path}: ffmpeg was killed (over {TIME_LIMIT:.0f} s or out of memory); shorten or remove it")
-    return done.stdout, done.stderr.decode("utf-8", "replace")  # titles in old files are often not UTF-8
-
-
-def _cores():
-    """How many to decode one video with: in a data loader's worker one, as other workers keep the others busy."""
-    return 1 if multiprocessing.parent_process() else min(2, os.cpu_count())
+        raise DataError(f"{path}: ffmpeg was killed (over {TIME_LIMIT:.0f} s or out of memory); "
+                        "shorten or remove it")  # fmt: skip
+    return done.stdout, done.stderr.decode("utf-8", "replace")  # old titles are often not UTF-8
 
 
 def _input(path, *options):
-    # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an address.
-    return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels", str(MAX_PIXELS),
-            "-threads", str(_cores()), *options, "-i", "file:" + path]  # fmt: skip
-
-
-def _find(pattern, text):
-    match = re.search(pattern, text, re.MULTILINE)
-    return match and match[1]
+    # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an
+    # address.
+    return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels",
+            str(MAX_PIXELS), "-threads", "1", *options, "-i", "file:" + path]  # fmt: skip
 
 
 def _probe_video(path):
-    """Parse the header as ffmpeg prints it (no ffprobe is bundled) and list the key frames; about 25 ms.
+    """List the packets of the first video stream (cover art is none), without decoding them.
 
-    The key frames come for nothing in MP4, whose header has them; a Matroska file is read, not decoded, to its end.
+    A packet is a frame, so this knows what headers get wrong: how many frames there are, also in
+    a file that was cut off, when they begin, and which of them are key frames. The price is to
+    read the file once; decoding a few clips of it costs more.
     """
-    listing = ["-map", "0:V:0?", "-c", "copy", "-f", "framecrc", "pipe:1"]  # a line a packet
-    packets, log = _ffmpeg(path, ["-nostats", *_input(path, "-discard", "nokey"), *listing])
-    if "\nInput #0" not in "\n" + log:
-        reason = (log.strip().splitlines() or ["no reason given"])[-1]
+    listing = ["-map", "0:V:0?", "-c", "copy", "-f", "framecrc", "pipe:1"]
+    packets, log = _ffmpeg(path, ["-nostats", *_input(path), *listing])
+    container = re.search(r"^Input #0, (\w+)", log, re.MULTILINE)
+    if not container:
+        reason = log.strip().split("\n")[-1]
         raise DataError(f"{path}: not a readable image or video ({reason}); replace or remove it")
-    blocks = re.split(r"^(?=  Stream #)", log, flags=re.MULTILINE)  # a stream's line with the details below it
-    videos = [b for b in blocks if re.match(r"  Stream #0:.*?: Video: ", b) and "(attached pic)" not in b]
-    line = videos[0].splitlines()[0] if videos else ""  # the first one, as the reference; cover art is no video
-    pixels = re.search(r", (\d+)x(\d+)", line)
-    if not pixels:
+    packets = packets.decode()
+    head = re.search(r"(?s)#tb 0: (\d+)/(\d+)\n.*#dimensions 0: ([1-9]\d*)x([1-9]\d*)\n", packets)
+    times, keys = _packet_times(packets)
+    if not head or not times:
         raise DataError(f"{path}: no readable video stream inside; replace or remove it")
-    width, height = int(pixels[1]), int(pixels[2])
+    ticks, second, width, height = map(int, head.groups())
     _check_dimensions(path, width, height)
-    if round(float(_find(r"Display Matrix: rotation of (-?[\d.]+)", videos[0]) or 0)) % 180 == 90:
+    turned = re.search(r"(?s)\nOutput #0.*rotation of (-?[\d.]+)", log)
+    if turned and round(float(turned[1])) % 180 == 90:
         width, height = height, width  # ffmpeg itself turns the frames when decoding
-    file_start = float(_find(r"^  Duration: .*start: (-?[\d.]+)", log) or 0)
-    start = max(float(_find(r", start (-?[\d.]+)", line) or 0) - file_start, 0.0)
-    clock = _find(r"^  Duration: (\d+:\d+:[\d.]+)", log)
-    duration = sum(float(x) * unit for x, unit in zip(clock.split(":"), (3600, 60, 1), strict=True)) if clock else 0.0
-    fps = float(_find(r", ([\d.]+) fps", line) or 0)
-    container = _find(r"^Input #0, (\w+)", log)
-    if fps % 1 and round(math.ceil(fps) * 1000 / 1001, 2) == fps:
-        fps = math.ceil(fps) * 1000 / 1001  # NTSC: "29.97" is 30000/1001, which matters after some minutes
-    absurd = duration * fps > os.path.getsize(path)  # a damaged header: more frames than bytes
-    if container not in TIMED or duration == 0 or not 0 < fps <= 1000 or absurd:
-        fps, duration = _count_packets(path, fps)
-    num_frames = max(round((duration - start) * fps), 1)
-    keys = _key_times(packets.decode()) if container in SEEKABLE else []
-    return Media(num_frames, fps, width, height, start, "ffmpeg", tuple(round((t - start) * fps) for t in keys))
+    # The grid has its first point at the first frame and its last at the last: frame i of a
+    # constant-rate video is its i-th. Six decimals, as ffmpeg will be told, make 25 of 24.999...
+    # Beyond the limits no camera goes, but damaged clocks do.
+    start, length = times[0] * ticks / second, (times[-1] - times[0]) * ticks / second
+    fps = round(min(max((len(times) - 1) / length, 0.001), 1000.0), 6) if length else 1.0
+    if container[1] not in ("mov", "matroska"):  # a seek in e.g. MPEG-TS may land after the frame
+        keys = []
+    keys = tuple(round((t * ticks / second - start) * fps) for t in keys)
+    return Media(len(times), fps, width, height, start, "ffmpeg", keys)
 
 
-def _key_times(packets):
-    """Seconds at which key frames begin, from ffmpeg's list of packets: `stream, dts, pts, ...`, F=flags if no key."""
-    num, den = map(int, (_find(r"^#tb 0: (\d+/\d+)", packets) or "0/1").split("/"))
-    return sorted(int(pts) * num / den for pts in re.findall(r"^0, *-?\d+, *(-?\d+),(?!.*F=)", packets, re.MULTILINE))
+def _packet_times(packets):
+    """When frames begin, and when key frames do: ticks of the stream's clock, both ascending.
 
-
-def _count_packets(path, fps):
-    """(fps, seconds) of a file whose header lacks one of them, by walking its packets without decoding."""
-    arguments = [*_input(path), "-map", "0:V:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
-    report = _ffmpeg(path, ["-v", "fatal", "-nostats", *arguments])[0].decode()
-    frames, microseconds = (int(_find(rf"(?s:.*)^{key}=(\d+)", report) or 0) for key in ("frame", "out_time_us"))
-    seconds = microseconds / 1e6  # both are running totals, of which the greedy pattern finds the last
-    if frames == 0:
-        raise DataError(f"{path}: the video stream is empty; replace or remove it")
-    if not 0 < fps <= 1000:
-        fps = min(frames / seconds, 1000.0) if seconds > 0 else 1.0
-    return fps, max(seconds, frames / fps)  # packets are timed by decoding order, up to two frames early
+    A line a packet: `stream, decoding time, display time, duration, bytes, checksum`, then
+    F=flags: 1, a key frame (only then F is left out); 4, hidden by an edit list.
+    """
+    line = r"^0, *(-?\d+), *(-?\d+),[^x]*0x\w+(?:, F=0x(\w+))?"
+    rows = [(int(decoded), int(shown), int(flags or "1", 16))
+            for decoded, shown, flags in re.findall(line, packets, re.MULTILINE)]  # fmt: skip
+    # AVI and its like lack times of display, and ffmpeg writes -2**63; those of decoding will do.
+    clock = 0 if any(shown == -(2**63) for _, shown, _ in rows) else 1
+    times = sorted((row[clock], row[2]) for row in rows if not row[2] & 4)
+    return [t for t, _ in times], [t for t, flags in times if flags & 1]
 
 
 def _read_video(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
     frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
-    shares = _share(media, wanted) if _cores() > 1 else [wanted]
-    segments = [_plan(media, share) for share in shares]
-    groups = [part[k : k + SEEKS] for part in segments for k in range(0, len(part), SEEKS)]
-    targets = frames.split([sum(len(indices) for _, indices in group) for group in groups])
-    with ThreadPoolExecutor(len(shares)) as pool:  # threads, each of which waits for a process
-        whole = all(pool.map(functools.partial(_decode, path, media), groups, targets))
-    # In a truncated file a seek beyond the end finds nothing; one pass finds the last frame there is.
+    # Where a seek finds nothing, as in a damaged file, one pass finds the last frame there is.
+    whole = _decode(path, media, _plan(media, wanted), frames)
     if not whole and not _decode(path, media, [(0, wanted)], frames):
         raise DataError(f"{path}: no frame could be decoded; replace or remove it")
     return frames
 
 
 def _plan(media, wanted):
-    """[(index at which decoding starts, wanted indices)]: seek only where that spares more than it costs.
+    """[(index at which decoding starts, wanted indices)]: seek where that spares time.
 
-    A seek lands on a key frame. Clips with none between them share one: the second would decode the first's frames
-    again. Short videos thus mostly need no seek at all, long ones about one a clip.
+    A seek takes as long as decoding some frames, and it lands on a key frame. Clips with none
+    between them share one: the second would decode the first's frames again. Short videos thus
+    mostly need no seek, long ones about one a clip.
     """
     segments, decoded = [(0, [])], 0
     for i in wanted:
-        if _landing(media, i) > decoded + SEEK_COST:
-            segments.append((i - SEEK_LEAD, []))
+        start = i - SEEK_LEAD
+        # ffmpeg itself steps back by 3/23 s before it looks for the key frame.
+        landing = media.keys[: bisect.bisect(media.keys, start - 0.14 * media.fps)]
+        if landing and landing[-1] > decoded + SEEK_COST and len(segments) < SEEKS:
+            segments.append((start, []))
         segments[-1][1].append(i)
         decoded = i
     return [segment for segment in segments if segment[1]]
 
 
-def _landing(media, i):
-    """The key frame at which decoding starts after a seek for frame i; 0, the video's start, if there is none."""
-    before = bisect.bisect(media.keys, i - SEEK_LEAD - 0.14 * media.fps)  # ffmpeg itself steps back by 3/23 s
-    return media.keys[before - 1] if before else 0
-
-
-def _share(media, wanted):
-    """The wanted indices for two processes on two cores: cut where both have about as many frames to decode; uncut
-    where a second process would hardly help, as in a short video, which has its only key frame at the start."""
-
-    def work(i, decoded):  # frames to decode until i is there
-        return i - max(decoded, _landing(media, i) - SEEK_COST)
-
-    steps = [work(i, decoded) for decoded, i in zip([0, *wanted], wanted, strict=False)]
-    done = list(accumulate(steps))
-    longer = {k: max(done[k - 1], work(wanted[k], 0) + done[-1] - done[k]) for k in range(1, len(wanted))}
-    cut = min(longer, key=longer.get, default=0)
-    if cut and longer[cut] + PROCESS_COST < done[-1]:
-        return [wanted[:cut], wanted[cut:]]
-    return [wanted]
-
-
 def _decode(path, media, segments, frames):
-    """One ffmpeg process reads every segment, each through an input of its own, into frames, uint8 (n, 3, size, size).
+    """Fill frames, uint8 (n, 3, size, size), with one call of ffmpeg; -> whether all n came.
 
-    -> whether all n came.
-
-    The filters, in order: shift the clock so that the segment starts at 0; `fps` lays the frames on the regular grid
-    (slot n holds the last frame that began by n / fps; "up" means no frame is shown early); `tpad` repeats the last
-    frame where the file is shorter than its header says; `trim` ends the decoding, `select` keeps the wanted slots;
-    `shuffleplanes` makes gbrp's order (green, blue, red) ours.
+    Each segment is read through an input of its own.
     """
-    size = frames.shape[-1]
-    h, w = resized_shape(media.height, media.width, size)
-    late = round(1e6 * _tolerance(media.fps))
-    inputs, chains = [], []
-    for k, (origin, wanted) in enumerate(segments):
-        # Not "accurate": that would drop the frame that began before the seek time and is still on the screen.
-        seek = ["-noaccurate_seek", "-ss", f"{media.start + origin / media.fps:.6f}"] if origin else []
-        inputs += _input(path, *seek)
-        zero = "0" if origin else "STARTPTS"  # microseconds; B-frames delay the first frame of an AVI file
-        slots = [f"eq(n,{i - origin})" for i in wanted]
-        slots = "+".join(f"({'+'.join(slots[j : j + 50])})" for j in range(0, len(slots), 50))  # ffmpeg nests 100 deep
-        chains.append(
-            f"[{k}:V:0]settb=1/1000000,setpts=PTS-{zero}-{late},fps={media.fps:.6f}:start_time=0:round=up,"
-            f"tpad=stop=-1:stop_mode=clone,trim=end_frame={wanted[-1] - origin + 1},select='{slots}',"
-            f"scale={w}:{h}:flags=bilinear,format=gbrp,pad={size}:{size}:0:0:black,"
-            f"shuffleplanes=2:0:1,format=gbrp[v{k}]"
-        )
-    labels = "".join(f"[v{k}]" for k in range(len(segments)))
-    graph = ";".join([*chains, f"{labels}concat=n={len(segments)}[out]"])
-    output = ["-filter_complex", graph, "-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
-    raw = _ffmpeg(path, ["-v", "fatal", *inputs, *output])[0][: frames.nbytes]  # a broken file can give too many
-    frames.flatten().numpy()[: len(raw)] = np.frombuffer(raw, np.uint8)  # flatten: a view, as frames are contiguous
+    inputs, chains, labels = [], [], ""
+    for k, (start, wanted) in enumerate(segments):
+        # Not "accurate", which would drop the frame that began before the seek time and is still
+        # on the screen.
+        seconds = f"{media.start + start / media.fps:.6f}"
+        inputs += _input(path, *(["-noaccurate_seek", "-ss", seconds] if start else []))
+        chains.append(f"[{k}:V:0]{_filters(media, start, wanted, frames.shape[-1])}[v{k}];")
+        labels += f"[v{k}]"
+    graph = f"{''.join(chains)}{labels}concat=n={len(segments)}[out]"
+    output = ["-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
+    raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, "-filter_complex", graph, *output])
+    raw = np.frombuffer(raw[: frames.nbytes], np.uint8)  # a broken file can give too many
+    frames.view(-1).numpy()[: len(raw)] = raw
     return len(raw) == frames.nbytes
+
+
+def _filters(media, start, wanted, size):
+    """ffmpeg's filters from a segment's frames, which begin at index `start`, to the wanted ones.
+
+    In their order: microseconds, shifted so that the segment starts at 0; `fps` lays the frames on
+    the regular grid (slot n holds the last frame that began by n / fps; "up": none is early);
+    `tpad` repeats the last frame where others can't be decoded; `trim` ends the decoding; `select`
+    keeps the wanted slots; the rest resizes, pads and makes gbrp's planes (green, blue, red) ours.
+    """
+    zero = "0" if start else "STARTPTS"  # B-frames delay the first frame of an AVI file
+    slots = [f"eq(n,{i - start})" for i in wanted]
+    # Brackets, as ffmpeg nests a sum of more than 100 terms too deep.
+    slots = "+".join(f"({'+'.join(slots[k : k + 50])})" for k in range(0, len(slots), 50))
+    h, w = resized_shape(media.height, media.width, size)
+    return (
+        f"settb=1/1000000,setpts=PTS-{zero}-{round(1e6 * _tolerance(media.fps))},"
+        f"fps={media.fps:.6f}:start_time=0:round=up,tpad=stop=-1:stop_mode=clone,"
+        f"trim=end_frame={wanted[-1] - start + 1},select='{slots}',scale={w}:{h}:flags=bilinear,"
+        f"format=gbrp,pad={size}:{size}:0:0:black,shuffleplanes=2:0:1,format=gbrp"
+    )
 
 
 # -------------------------------------------------- either
 def probe(path):
-    """Facts of the file's header; remembered, as long as the file does not change. Raises DataError."""
+    """What a file holds; remembered, as long as the file does not change. Raises DataError."""
     path = os.path.abspath(path)
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; check the path")
@@ -685,20 +665,20 @@ def probe(path):
 @functools.cache  # a few hundred bytes per file
 def _probe(path, mtime, size):
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:  # decides by the first bytes, not by the name
-            return _probe_image(image, path)
+        return _probe_image(path)
     except DataError:
         raise
-    except Exception:  # noqa: BLE001 - no image, or one that Pillow can't decode; ffmpeg forgives some damaged GIFs
+    except Exception:  # noqa: BLE001 - no image, or damaged; ffmpeg forgives some damaged GIFs
         return _probe_video(path)
 
 
 def read_frames(path, indices, size):
-    """uint8 (len(indices), 3, size, size) RGB: what the file shows at indices / fps seconds, in any order.
+    """uint8 (len(indices), 3, size, size) RGB: what the file shows at indices / fps seconds.
 
-    Indices outside the video mean its first or last frame. Raises DataError.
-    - any aspect ratio is read; the reference skips videos whose sides differ by more than a factor of five.
-    - videos are resized by ffmpeg, which saves time but differs from `resize_and_pad` by about two grey levels.
+    The indices stand in any order; outside the video they mean its first or last frame. Raises
+    DataError.
+    - any aspect ratio is read; the reference skips sides that differ by more than a factor of five.
+    - ffmpeg resizes videos, which saves time but is about two grey levels off `resize_and_pad`.
     """
     media, path = probe(path), os.path.abspath(path)
     indices = [min(max(int(i), 0), media.num_frames - 1) for i in indices]
@@ -710,87 +690,113 @@ def read_frames(path, indices, size):
     return frames if indices == wanted else frames[[wanted.index(i) for i in indices]]
 
 
-# -------------------------------------------------- the cache: a few frames a second of each video, as small JPEGs
+# -------------------------------------------------- the cache: a few small JPEGs a second
+# Decoding a clip means decoding all frames since the last key frame, some hundred; a JPEG stands
+# for itself. So random clips come ten times as fast, at the price of disk (1.2 MB for 15 s at 448
+# pixels and 4 frames a second) and of frames up to 1/8 s away from those asked for.
 def cached_file_of(path, size):
-    """videos/video7.mp4 -> videos/cached/video7.mp4.448: a line of JSON, then the JPEGs that it lists."""
-    return Path(path).parent / "cached" / f"{Path(path).name}.{size}"
+    """videos/video7.mp4 -> videos/cached/video7.mp4.448.zip: about.json, 0.jpg, 1.jpg, ..."""
+    return Path(path).parent / "cached" / f"{Path(path).name}.{size}.zip"
+
+
+@contextlib.contextmanager
+def _cached_zip(path, size):
+    """A video's cached file, open; whatever can't be read of it is damaged."""
+    try:
+        with zipfile.ZipFile(cached_file_of(path, size)) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except Exception:  # noqa: BLE001 - zipfile, json and Pillow raise almost anything
+        damaged = cached_file_of(path, size)
+        raise DataError(f"{damaged}: damaged; remove it and write it again") from None
 
 
 def open_cached(path, size):
-    """What the first line of a video's cached file says; None if it is not there or the video has changed since.
+    """What about.json says; None if there is no cached file or the video has changed since.
 
-    num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames a second kept. ends: of the JPEGs.
+    num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames kept of each
+    second. count: frames kept. source: the video's time and size, by which a change is noticed.
     """
     try:
-        with open(cached_file_of(path, size), "rb") as file:
-            kept, stat = json.loads(file.readline()), os.stat(path)
-            kept["begin"] = file.tell()
-        return kept if kept["source"] == [stat.st_mtime_ns, stat.st_size] else None
+        with _cached_zip(path, size) as file:
+            kept = json.loads(file.read("about.json"))
+            return kept if kept["source"] == _source(path) else None
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{cached_file_of(path, size)}: damaged; remove it and write it again") from None
+
+
+def _source(path):
+    """By what a changed video is known: when it was written, and its size."""
+    stat = os.stat(path)
+    return [stat.st_mtime_ns, stat.st_size]
 
 
 def read_cached(path, kept, indices, size):
-    """uint8 (len(indices), 3, size, size): of the frames kept, those nearest to indices on the video's own grid."""
-    starts, frames = [0, *kept["ends"]], torch.zeros(len(indices), 3, size, size, dtype=torch.uint8)
-    with open(cached_file_of(path, size), "rb") as file:
-        for frame, i in zip(frames, indices, strict=True):
-            k = min(round(i / kept["fps"] * kept["rate"]), len(kept["ends"]) - 1)
-            file.seek(kept["begin"] + starts[k])
-            jpeg = io.BytesIO(file.read(starts[k + 1] - starts[k]))
-            try:
-                with Image.open(jpeg, formats=("JPEG",)) as image:
-                    for plane, channel in zip(frame, image.split(), strict=True):
-                        plane[: image.height, : image.width] = torch.from_numpy(np.array(channel))
-            except (OSError, RuntimeError, ValueError):
-                raise DataError(f"{file.name}: damaged; remove it and write it again") from None
-    return frames
+    """uint8 (len(indices), 3, size, size): of the frames kept, those nearest to the indices."""
+    # An index is a point in time, i / fps; the frames kept stand at k / rate.
+    pixels = []
+    with _cached_zip(path, size) as file:
+        for i in indices:
+            k = min(round(i / kept["fps"] * kept["rate"]), kept["count"] - 1)
+            jpeg = io.BytesIO(file.read(f"{k}.jpg"))
+            pixels.append(np.array(Image.open(jpeg, formats=("JPEG",))))
+    # They have their size already; this only pads.
+    return resize_and_pad(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), size)
 
 
 def write_cached(path, size, rate):
-    """Decode a video once and keep `rate` frames a second; -> (bytes written, what is wrong with the video or "").
+    """Decode a video once and keep `rate` frames a second; -> (bytes written, its fault or "").
 
-    Written under another name first: a file that is there is whole.
+    No rate above the video's own is of use. A video whose frames are all there already, and which
+    has not changed since, is left alone.
     """
+    content = io.BytesIO()
     try:
-        media, stat, target = probe(path), os.stat(path), cached_file_of(path, size)
+        media = probe(path)
         rate = min(rate, media.fps)
-        old = open_cached(path, size)
-        if old and old["rate"] == rate:
-            return 0, ""
         count = math.ceil(media.num_frames / media.fps * rate)
-        wanted = [round(k / rate * media.fps) for k in range(count)]
+        about = {"source": _source(path), "num_frames": media.num_frames, "fps": media.fps,
+                 "rate": rate, "count": count}  # fmt: skip
+        if open_cached(path, size) == about:
+            return 0, ""
         h, w = resized_shape(media.height, media.width, size)
-        jpegs, ends = io.BytesIO(), []
-        for k in range(0, count, 64):  # at 448 pixels 64 frames are 39 MB
-            for frame in read_frames(path, wanted[k : k + 64], size)[:, :, :h, :w].permute(0, 2, 3, 1).numpy():
-                Image.fromarray(frame).save(jpegs, "JPEG", quality=85)
-                ends.append(jpegs.tell())
+        with zipfile.ZipFile(content, "w") as file:  # without compression: JPEGs have theirs
+            file.writestr("about.json", json.dumps(about))
+            for first in range(0, count, 64):  # at 448 pixels 64 frames are 39 MB
+                kept = range(first, min(first + 64, count))
+                frames = read_frames(path, [round(k / rate * media.fps) for k in kept], size)
+                for k, frame in zip(kept, frames.permute(0, 2, 3, 1).numpy(), strict=True):
+                    with file.open(f"{k}.jpg", "w") as jpeg:
+                        Image.fromarray(frame[:h, :w]).save(jpeg, "JPEG", quality=85)
     except DataError as error:
         return 0, str(error)
-    first = {"source": [stat.st_mtime_ns, stat.st_size], "num_frames": media.num_frames, "fps": media.fps,
-             "rate": rate, "ends": ends}  # fmt: skip
+    target = cached_file_of(path, size)
     target.parent.mkdir(exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    temporary.write_bytes(json.dumps(first).encode() + b"\n" + jpegs.getvalue())
-    os.replace(temporary, target)
+    # Under another name first: a file that is there is whole.
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    part.write_bytes(content.getvalue())
+    os.replace(part, target)
     return target.stat().st_size, ""
 
 
 def write_cache(folder, size, rate, workers):
-    """`write_cached` for all videos under `folder`, several at once."""
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
+    """`write_cached` for all videos under `folder`, several at once.
+
+    A video that cannot be read is named and does not stop the others.
+    """
+    videos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
     if not videos:
         raise DataError(f"{folder}: no videos in it")
     write = functools.partial(write_cached, size=size, rate=rate)
+    # A process a core decodes; torch itself has one thread in each.
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         results = list(tqdm(pool.map(write, videos), total=len(videos), unit=" videos"))
-    written, errors = [size for size, _ in results if size], [error for _, error in results if error]
+    sizes, errors = [size for size, _ in results if size], [error for _, error in results if error]
     print("".join(f"left out: {error}\n" for error in errors), end="", file=sys.stderr)
-    print(f"{folder}: {len(written):,} of {len(videos):,} videos written, {sum(written) / 1e6:,.1f} MB; "
-          f"{len(videos) - len(written) - len(errors):,} were there, {len(errors):,} cannot be read")
+    print(f"{folder}: {len(sizes):,} of {len(videos):,} videos written, "
+          f"{sum(sizes) / 1e6:,.1f} MB; {len(videos) - len(sizes) - len(errors):,} were there, "
+          f"{len(errors):,} cannot be read")  # fmt: skip
 
 
 def check_cached(examples, s):
@@ -804,9 +810,8 @@ def check_cached(examples, s):
     count = sum(open_cached(path, size) is not None for path in paths)
     remedy = f"python data.py cache --data {folder} --size {size}"
     if not count:
-        raise DataError(f"{folder}: no video is cached at {size} pixels; write the cache first: {remedy}")
-    rest = f"; the other {len(paths) - count:,} will be decoded ({remedy} caches them)" if count < len(paths) else ""
-    print(f"cache: {count:,} of {len(paths):,} videos{rest}")
+        raise DataError(f"{folder}: no video is cached at {size} pixels; write them first: {remedy}")
+    print(f"cache: {count:,} of {len(paths):,} videos (the rest is decoded; {remedy} adds it)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
