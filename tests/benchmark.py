@@ -4,20 +4,18 @@
     python tests/benchmark.py decode feed     only these
     CHECKPOINT=runs/msrvtt_retrieval/best.pt PAIRS=200 python tests/benchmark.py retrieval     with a trained model
 
-    decode     random and uniform clips of videos and a GIF, 448 pixels, beside the reference's way and torchcodec
+    decode     clips of videos and of a GIF at 448 pixels, beside the reference's way and torchcodec
     loader     the same in a data loader with two workers; and clips from the cache
     feed       videos/s that a data loader alone delivers, by workers: compare with what `step` takes
     step       the training step and its memory, beside a plain one (GPU)
-    memory     which batch sizes fit in 8, 16, 24, 80 GB (GPU)
-    agree      are the losses of the fast and the plain step the same, as far as bf16 lets them be?
+    agree      are the losses of the two steps the same, as far as bf16 lets them be?
     retrieval  every caption against every video, beside the reference's order; --rerank
 
-A table a part: the median of several runs, their spread, the ratio to the first row, and the target where there is one.
-A missed target says so. What cannot run here (no GPU, a peer that is not installed) is named and left out.
+A table a part: median, spread, the ratio to the first row, and the target where there is one; a missed one says so. What
+cannot run here (no GPU, torchcodec or PyAV not installed) is named and left out.
 """
 
 import argparse
-import gc
 import importlib
 import os
 import platform
@@ -25,10 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
@@ -185,31 +186,25 @@ def decode_part():
         table(f"{title}, N = {n}", seconds, target, "ours")
 
 
-class Videos(torch.utils.data.Dataset):
-    """The same video again and again, other clips of it each time."""
+def epoch(read, count, workers):
+    """-> a function that reads `count` videos, by fours; the workers stay from one call to the next."""
 
-    def __init__(self, read, count):
-        self.read, self.count = read, count
+    def batch(seeds):
+        return torch.stack([read(generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        return self.read(generator=torch.Generator().manual_seed(i))
+    batches = torch.utils.data.DataLoader(range(count), batch_size=4, num_workers=workers, collate_fn=batch,
+                                          persistent_workers=workers > 0)  # fmt: skip
+    return lambda: [None for _ in batches]
 
 
 def loader_part(count=16):
     """count: videos in an epoch."""
-
-    def epoch(read):
-        videos = Videos(partial(read, video("15 s.mp4"), 8, True), count)
-        batches = torch.utils.data.DataLoader(videos, batch_size=4, num_workers=2, persistent_workers=True)
-        return lambda: [None for _ in batches]
-
     ways, cached = readers(), partial(our_clips, cache=True)
     for name in ("15 s.mp4", "180 s.mp4"):
         data.write_cached(video(name), L, 4.0)
-    seconds = measure({name: epoch(read) for name, read in ways.items()} | {"cached": epoch(cached)}, repeats=3)
+    jobs = {way: epoch(partial(read, video("15 s.mp4"), 8, True), count, 2)
+            for way, read in (ways | {"cached": cached}).items()}  # fmt: skip
+    seconds = measure(jobs, repeats=3)
     table(f"DataLoader, 2 workers: {count} videos, 15 s, N = 8", seconds, 2, "ours")
     print("videos/s: " + ", ".join(f"{name} {count / median(runs):.1f}" for name, runs in seconds.items()))
     reference = next(iter(ways))
@@ -218,25 +213,41 @@ def loader_part(count=16):
         table(f"From the cache, {name}, N = {n}", measure(jobs, 15), 10)
 
 
+def feed_part(size=448, count=32):
+    """By the task's own sampling, from a video of 15 s and 320x240."""
+    for name, work in WORK.items():
+        task = finetune.TASKS[work.task]
+        read = partial(data.read_clips, video("15 s.mp4"), task.train_clips, task.frames, task.fps, size, True)
+        workers = sorted({0, 1, 2, os.cpu_count() // 2, os.cpu_count()})
+        seconds = measure({f"{n} workers": epoch(read, count, n) for n in workers}, repeats=3)
+        table(f"{name} at {size} px: {count} videos", seconds)
+        print("videos/s: " + ", ".join(f"{way} {count / median(runs):.1f}" for way, runs in seconds.items()))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model: the training step, retrieval
 #
 # The plain version does what the fast one does with none of its care: clip after clip, float16 (on a CPU: float32),
 # NCHW, the norms by themselves, eager attention, an optimizer that is not fused.
 
-# Random examples of a row of finetune.TASKS: the batch is the task's, K the model's outputs, `texts` come with a video.
-WORK = {
-    "TGIF-QA 1x1": ("tgif_qa_action", {"texts": 5, "K": 1, "target": lambda B: torch.zeros(B, dtype=torch.long)}),
-    "MSRVTT 8x2": ("msrvtt_retrieval", {"texts": 2, "K": 2, "target": lambda B: torch.tensor([1, 0]).repeat(B)}),
-}
+class Work(NamedTuple):
+    """What random examples of a row of finetune.TASKS look like."""
+
+    task: str
+    texts: int  # that come with a video
+    K: int  # outputs of the model
+    targets: list  # of a video
+
+    def batch(self, batch_size, size, vocab):
+        """As the loader hands it over, of random pixels and words; pinned where there is a GPU."""
+        task = finetune.TASKS[self.task]
+        ids = torch.randint(5, vocab, (batch_size * self.texts, task.text_length))
+        shape = batch_size, task.train_clips, task.frames, 3, size, size
+        frames, target = torch.randint(0, 256, shape, dtype=torch.uint8), torch.tensor(self.targets * batch_size)
+        return [x.pin_memory() if GPU else x for x in (frames, ids, torch.ones_like(ids), target)]
 
 
-def example_batch(task, work, batch_size, size, vocab):
-    """One batch as the loader hands it over, of random pixels and words; pinned where there is a GPU."""
-    ids = torch.randint(5, vocab, (batch_size * work["texts"], task.text_length))
-    shape = batch_size, task.train_clips, task.frames, 3, size, size
-    batch = torch.randint(0, 256, shape, dtype=torch.uint8), ids, torch.ones_like(ids), work["target"](batch_size)
-    return [x.pin_memory() for x in batch] if GPU else batch
+WORK = {"TGIF-QA 1x1": Work("tgif_qa_action", 5, 1, [0]), "MSRVTT 8x2": Work("msrvtt_retrieval", 2, 2, [1, 0])}
 
 
 def plain_grid(cnn, frames):
@@ -251,10 +262,10 @@ def plain_logits(model, frames, input_ids, attention_mask):
     return torch.stack([model(frames[:, i], input_ids, attention_mask) for i in range(frames.shape[1])])
 
 
-def training_step(cfg, task, work, device, plain=False, dtype=torch.bfloat16, lr=1e-4):
+def training_step(cfg, work, device, plain=False, dtype=torch.bfloat16, lr=1e-4):
     """-> a function that does one update with a batch, as finetune.train does, and returns its loss."""
     torch.manual_seed(0)
-    model = clipbert.ClipBert(cfg, work["K"]).to(device).train()
+    task, model = finetune.TASKS[work.task], clipbert.ClipBert(cfg, work.K).to(device).train()
     optimizer, logits_of = clipbert.build_optimizer(model), clipbert.clip_logits
     if plain:
         optimizer = torch.optim.AdamW(clipbert.optimizer_groups(model, 1e-3), betas=(0.9, 0.98), eps=1e-6, fused=False)
@@ -285,54 +296,23 @@ def step_part(cfg=None, size=448, batch_size=None):
     if not GPU and cfg is None:
         return print("\nstep: left out, no GPU")
     device, cfg = "cuda" if GPU else "cpu", cfg or clipbert.ClipBertConfig.base()
-    for name, (key, work) in WORK.items():
-        task = finetune.TASKS[key]
-        B = batch_size or task.batch_size
-        batch, step = example_batch(task, work, B, size, cfg.vocab_size), partial(training_step, cfg, task, work, device)
+    for name, work in WORK.items():
+        B = batch_size or finetune.TASKS[work.task].batch_size
+        batch, step = work.batch(B, size, cfg.vocab_size), partial(training_step, cfg, work, device)
         jobs = {"plain": partial(step(plain=True, dtype=torch.float16 if GPU else torch.float32), batch),
                 "fast": partial(step(), batch)}  # fmt: skip
         seconds = measure(jobs)
-        table(f"{name}: a training step of {B} videos at {size} px", seconds, 2, "fast")
+        table(f"{name}: a training step of {B} videos at {size} px", seconds, 2)
         for way, runs in seconds.items():
-            line = f"{way:44}{B / median(runs):9.1f} videos/s"
-            if GPU:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                jobs[way]()
-                line += f"{(torch.cuda.max_memory_allocated() - before) / 2**30:9.1f} GiB for activations and gradients"
-            print(line)
+            print(f"{way:44}{B / median(runs):9.1f} videos/s" + (f"{peak(jobs[way]):9.1f} GiB" if GPU else ""))
 
 
-def memory_part():
-    """Which --batch_size x --grad_accum fits, tried within that much of this GPU."""
-    if not GPU:
-        return print("\nmemory: left out, no GPU")
-    total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    for name, (key, work) in WORK.items():
-        task = finetune.TASKS[key]
-        whole = task.batch_size * task.grad_accum
-        print(f"\n{name}, 448 px: --batch_size x --grad_accum that fits, of one update of {whole} videos")
-        for gigabytes in (size for size in (8, 16, 24, 80) if size <= total + 2):
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (gigabytes - 1) / total))  # 1: what CUDA itself takes
-            fits = next((B for B in (32, 16, 8, 4, 2, 1) if whole % B == 0 and step_fits(task, work, B)), 0)
-            print(f"{gigabytes:4} GB: " + (f"{fits} x {whole // fits}" if fits else "nothing"))
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def step_fits(task, work, batch_size):
-    """Two steps, as the second holds the optimizer's state, too."""
-    try:
-        cfg = clipbert.ClipBertConfig.base()
-        step = training_step(cfg, task, work, "cuda")
-        for _ in range(2):
-            step(example_batch(task, work, batch_size, 448, cfg.vocab_size))
-        fits = True
-    except torch.OutOfMemoryError:
-        fits = False
-    step = None
-    gc.collect()
-    torch.cuda.empty_cache()
-    return fits
+def peak(job):
+    """GiB of activations and gradients; the weights and the optimizer's state are there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    job()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def agree_part(steps=100, batch_size=None):
@@ -342,12 +322,12 @@ def agree_part(steps=100, batch_size=None):
     """
     device, exact, size = ("cuda", torch.float16, 448) if GPU else ("cpu", torch.float32, 64)
     cfg = replace(clipbert.ClipBertConfig.base(), dropout=0.0) if GPU else clipbert.ClipBertConfig.tiny(200)
-    for name, (key, work) in WORK.items():
-        task = finetune.TASKS[key]
-        B, step = batch_size or (task.batch_size if GPU else 4), partial(training_step, cfg, task, work, device, lr=3e-5)
+    for name, work in WORK.items():
+        B = batch_size or (finetune.TASKS[work.task].batch_size if GPU else 4)
+        step = partial(training_step, cfg, work, device, lr=3e-5)
         versions, losses = [step(), step(plain=True, dtype=exact), step(plain=True)], []
         for _ in range(steps):
-            batch = example_batch(task, work, B, size, cfg.vocab_size)
+            batch = work.batch(B, size, cfg.vocab_size)
             losses.append([version(batch).item() for version in versions])
         a, b, rounded = torch.tensor(losses, dtype=torch.float64).T
         apart, yardstick = (a - b).abs() / b, ((rounded - b).abs() / b).mean()
@@ -355,25 +335,6 @@ def agree_part(steps=100, batch_size=None):
               f"{b[0]:.5f}, last {a[-1]:.5f} {b[-1]:.5f}; apart by {apart.mean():.2%} on average, {apart.max():.2%} at "
               f"most; the plain version in bf16 {yardstick:.2%}: "
               f"{'agreed' if apart.mean() <= 2 * yardstick + 2**-8 else 'NOT AGREED'}")  # fmt: skip
-
-
-def feed_part(size=448, count=32):
-    """Videos/s that the data loader alone delivers, by workers, of 15 s and 320x240."""
-    for name, (key, _) in WORK.items():
-        task = finetune.TASKS[key]
-        read = partial(data.read_clips, video("15 s.mp4"), task.train_clips, task.frames, task.fps, size, True)
-        print(f"\n{name} at {size} px")
-        for workers in sorted({0, 1, 2, os.cpu_count() // 2, os.cpu_count()}):
-            batches = torch.utils.data.DataLoader(Videos(read, count), batch_size=2, num_workers=workers)
-            rates = []
-            for _ in range(3):
-                loader = iter(batches)
-                for _ in range(max(1, workers)):
-                    next(loader)  # processes start, headers are read
-                began = time.perf_counter()
-                rates.append(2 * sum(1 for _ in loader) / (time.perf_counter() - began))
-            spread = (max(rates) - min(rates)) / median(rates)
-            print(f"{workers:4} workers{median(rates):9.1f} videos/s, spread {spread:.0%}")
 
 
 # -------------------------------------------------- retrieval
@@ -384,7 +345,8 @@ def retrieval_run(folder):
     checkpoint = os.environ.get("CHECKPOINT")
     if not checkpoint:
         small = ["--out", str(folder / "run"), "--max_steps", "1", "--test_clips", "1", "--batch_size", "2"]
-        finetune.run_training(finetune.parse_arguments([*given, *small]))
+        with redirect_stdout(StringIO()):
+            finetune.run_training(finetune.parse_arguments([*given, *small]))
         checkpoint = str(folder / "run" / "best.pt")
     run, model = finetune.load_for_use(finetune.parse_arguments([*given, "--eval", checkpoint]))
     examples = [e for split in ("test", "train") for e in data.read_msrvtt_retrieval(folder, split)]
@@ -412,46 +374,29 @@ def our_order(run, model, texts, videos, n_clips, rerank=None):
     return finetune.score_pairs(run, model, texts, finetune.encode_videos(run, model, videos, n_clips)[0], rerank)
 
 
-def retrieval_part(timed=1, n_clips=16):
-    """Every caption against every video. The reference's order is linear in the videos: timed on the first of them."""
-    pairs = int(os.environ.get("PAIRS") or (200 if GPU else 48))
+def retrieval_part(n_clips=16):
+    """Every caption against every video. The reference's order is linear in the videos: timed on a single one."""
     with tempfile.TemporaryDirectory() as folder:
         run, model, examples = retrieval_run(Path(folder))
         texts = [e.text for e in examples]
-        work = run, model, texts, examples[:timed], n_clips
+        work = run, model, texts, examples[:1], n_clips
         jobs = {f"reference's order, {size:2} captions a pass": partial(reference_order, *work, size)
                 for size in (16, 4, 64)}  # 16: the batch size of this task  # fmt: skip
         seconds = measure(jobs | {"ours: the CNN once": partial(our_order, *work)}, repeats=3)
-        table(f"Retrieval: {len(texts)} captions x {timed} of the videos x {n_clips} clips", seconds, 8)
-        same_ranks(run, model, examples[:24], n_clips)
-        two_stages(run, model, examples[:pairs], n_clips)
+        table(f"Retrieval: {len(texts)} captions x 1 of the videos x {n_clips} clips", seconds, 8)
+        # Two stages: all pairs on one clip, then a share of them on all.
+        pairs, seconds = int(os.environ.get("PAIRS") or (200 if GPU else 48)), {}
+        for K in (pairs, pairs * 3 // 10, pairs // 5, pairs // 10):
+            began = time.perf_counter()
+            scores = our_order(run, model, texts[:pairs], examples[:pairs], n_clips, K)
+            runs, metrics = [time.perf_counter() - began], finetune.retrieval_metrics(scores, range(pairs))
+            recalls = " and ".join(f"{metrics[way]['r1']:.1f}" for way in ("text_to_video", "video_to_text"))
+            seconds[f"--rerank {K}: R@1 {recalls}"] = runs
+        table(f"{pairs} captions x {pairs} videos x {n_clips} clips, one run each; aim: 4x, R@1 within 0.5", seconds)
 
 
-def same_ranks(run, model, examples, n_clips):
-    """Does every caption find its video, and every video its caption, at the same rank in both orders of work?"""
-    texts = [e.text for e in examples]
-    both = reference_order(run, model, texts, examples, n_clips, 16), our_order(run, model, texts, examples, n_clips)
-    ranks = [[finetune.ranks_of(s.diagonal()[:, None], s).tolist() for s in (scores, scores.T)] for scores in both]
-    print(f"{len(texts)} captions x {len(texts)} videos: ranks {'identical' if ranks[0] == ranks[1] else 'DIFFER'}, "
-          f"scores apart by {(both[0] - both[1]).abs().max():.0e} at most")  # fmt: skip
-
-
-def two_stages(run, model, examples, n_clips):
-    """All pairs on all clips, against all pairs on one clip and a share of them on all; all with the CNN's pass."""
-    texts, seconds, recalls = [e.text for e in examples], {}, {}
-    for share in (1, 0.3, 0.2, 0.1):
-        K, began = round(share * len(examples)), time.perf_counter()
-        scores = our_order(run, model, texts, examples, n_clips, K)
-        seconds[f"--rerank {K}"] = [time.perf_counter() - began]
-        metrics = finetune.retrieval_metrics(scores, range(len(examples)))
-        recalls[f"--rerank {K}"] = metrics["text_to_video"]["r1"], metrics["video_to_text"]["r1"]
-    table(f"Two stages: {len(texts)} captions x {len(texts)} videos x {n_clips} clips, one run each", seconds)
-    print("the aim is 4x with R@1 within 0.5. R@1, text to video and video to text: "
-          + "; ".join(f"{name} {a:.1f}, {b:.1f}" for name, (a, b) in recalls.items()))  # fmt: skip
-
-
-PARTS = {"decode": decode_part, "loader": loader_part, "feed": feed_part, "step": step_part, "memory": memory_part,
-         "agree": agree_part, "retrieval": retrieval_part}  # fmt: skip
+PARTS = {"decode": decode_part, "loader": loader_part, "feed": feed_part, "step": step_part, "agree": agree_part,
+         "retrieval": retrieval_part}  # fmt: skip
 
 
 def main():

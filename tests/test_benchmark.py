@@ -50,5 +50,4 @@ def test_a_peer_whose_first_decoder_fails_is_left_out(capsys, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_what_needs_a_gpu_is_left_out_by_name(capsys):
     benchmark.step_part()
-    benchmark.memory_part()
-    assert capsys.readouterr().out.split("\n") == ["", "step: left out, no GPU", "", "memory: left out, no GPU", ""]
+    assert capsys.readouterr().out == "\nstep: left out, no GPU\n"
