@@ -1,17 +1,17 @@
 """Files that are damaged by the thousand, and runs that are killed, starved and cut off.
 
     python tests/stress.py media --videos DIR                   every file of DIR, 3,410 damaged copies in all
-    python tests/stress.py annotations kill disk soak           half an hour on two cores
+    python tests/stress.py annotations kill disk soak           a quarter of an hour on two cores
     python tests/stress.py annotations kill --files 200 --runs 4        small versions: half a minute
 
     media        videos and images, cut off or with byte errors: frames or one clear error, each within 10 seconds
-                 and half a GB (10 minutes; --files N: about so many)
+                 and half a GB (10 to 25 minutes; --files N: about so many)
     annotations  2,000 damaged annotation files, over all layouts: read exactly as they stand, or refused in one line
-                 that names the place; never a wrong label (a minute; --files N)
+                 that names the place; never a wrong label (20 seconds; --files N)
     kill         kill -9 at 30 random moments of a small run that saves at every step, then --resume: the weights,
                  optimizer and log of the undisturbed run (5 minutes; --runs N)
     disk         a full disk, a folder that can't be written, data that vanish, a killed worker: one error line, then
-                 --resume to the end of the undisturbed run (a minute)
+                 --resume to the end of the undisturbed run (half a minute)
     soak         10,000 steps with two workers: memory, open files, processes left behind (10 minutes; --steps N)
 
 A line of figures a command. Each failure is listed, with the name that brings the same damage back, and makes the exit
@@ -43,15 +43,15 @@ from runs import FORK, errors, finish, logged, resume, same, start, tensors, wai
 
 import data
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # media: every damaged file in a process of its own, where a crash is its alone, and the memory, too
 
 SECONDS, BYTES = 10, 2**29  # that one damaged file may take; the imports (400 MB) are not counted
 
 
 def damage(whole, rng, kind):
-    """A file's bytes cut off at a random place ("cut"), or with 1 to 100 random bytes ("error"): half
-    of the time in its first 1,000 bytes or its last 5%, where the headers are."""
+    """A file's bytes cut off at a random place ("cut"), or with 1 to 100 random bytes ("error"): half of the time in its
+    first 1,000 bytes or its last 5%, where the headers are."""
     if kind == "cut":
         return whole[: rng.randrange(len(whole))] if whole else whole
     damaged, n = bytearray(whole), len(whole)
@@ -79,17 +79,17 @@ def judge_media(path):
     return "frames" if right else f"shape {tuple(clips.shape)} {clips.dtype}"
 
 
-def highest_memory():
-    """In bytes, so far, of this process or of an ffmpeg of its, which begins as a copy of it."""
-    family = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in family)
-
-
 def read_damaged(path, sender):
+    """Sends the verdict, the seconds, and the bytes that this process or its ffmpegs, copies of it at first, took more."""
+
+    def highest():
+        family = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+        return 1024 * max(resource.getrusage(who).ru_maxrss for who in family)
+
     signal.alarm(10 * SECONDS)  # unhandled, it ends this process, whatever C code it is in
-    imports, began = highest_memory(), time.monotonic()
+    imports, began = highest(), time.monotonic()
     verdict = judge_media(path)
-    sender.send((verdict, time.monotonic() - began, highest_memory() - imports))
+    sender.send((verdict, time.monotonic() - began, highest() - imports))
 
 
 def media(folder, count=3410):
@@ -118,13 +118,13 @@ def media(folder, count=3410):
             "than the imports take"), failures  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # annotations: small files in every layout
 #
-# Each reader is judged by a second, naive reading of the same damaged bytes, an oracle. The oracles
-# share no code with data.py (but the official spelling of VQA answers) and check nothing: whatever
-# data.py accepts must be, in order and in full, what stands there. A label that damage turned into
-# another valid one ("3" into "2") can't be told; one that is guessed, shifted or coerced can.
+# Each reader is judged by a second, naive reading of the same damaged bytes, an oracle. The oracles share no code with
+# data.py (but the official spelling of VQA answers) and check nothing: whatever data.py accepts must be, in order and in
+# full, what stands there. A label that damage turned into another valid one ("3" into "2") can't be told; one that is
+# guessed, shifted or coerced can.
 
 
 def facts(example):
