@@ -1,7 +1,7 @@
 """Tests of what happens to a run when something goes wrong. One property at a time: `pytest tests/test_reliability.py
 -k kill`, or one of: whole, truncated, signal, disk, folder, log, nonfinite, vanish, worker.
 
-`python tests/stress_runs.py` does the same at length.
+`python tests/stress.py kill disk` does the same at length.
 """
 
 import errno
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stress_runs import errors, finish, logged, resume, same, start, tensors, wait_for
+from runs import errors, finish, logged, resume, same, start, tensors, wait_for
 
 import clipbert
 import data
