@@ -108,7 +108,7 @@ def parse_arguments(arguments=None):
     add("--question")
     add("--options", nargs="+", default=[], help="multiple choice: the options")
     add("--sheet", type=Path, metavar="FILE", help="with --predict: draw what the model looked at")
-    add("--words", action="store_true", help="with --sheet: the attention from each word, too")
+    parser.numbers("--clips", high=64, metavar="ROWS", help="with --sheet: rows for so many clips (default: 6)")
     clipbert.add_flags(parser)
     # hyper-parameters of the tasks; the default is the task's row, printed at the start
     parser.numbers("--train_clips", high=1000, help="N_train")
@@ -128,8 +128,8 @@ def parse_arguments(arguments=None):
         parser.error("--split chooses what --eval CKPT evaluates")
     if (args.predict or args.question or args.options) and not (args.eval and args.predict and args.question):
         parser.error("--predict VIDEO needs --eval CKPT and --question TEXT, and they need it")
-    if args.sheet and not args.predict or args.words and not args.sheet:
-        parser.error("--sheet draws what --predict VIDEO looked at, --words adds to it; give what is missing")
+    if args.sheet and not args.predict or args.clips and not args.sheet:
+        parser.error("--sheet draws what --predict VIDEO looked at, --clips so many rows of it; give what is missing")
     if args.rank_loss and TASKS[args.task].kind != "match":
         parser.error(f"--rank_loss is for retrieval, which {args.task} is not; leave it out")
     clipbert.check_flags(parser, args)
@@ -624,73 +624,149 @@ def run_prediction(args):
     item = {"example": example, "frames": frames, "unreadable": []}
     seen = look(run, model, data.Collator(run.tokenizer, s["text_length"])([item]))
     print(f"{args.predict.name}, {n} clips of {s['frames']} frames: {args.question}")
-    for i in data.best_first(seen.ranking):
+    for i in best_first(seen.ranking):
         score = seen.ranking[i].item()
         print(f"  {score:.2f}" if run.task.kind == "count" else f"  {score:6.1%}  {seen.names[i]}")
     if args.sheet:
-        data.attention_sheet(args.predict, clips, s["frames"] / s["fps"], s["agg"], seen, args.words).save(args.sheet)
+        prediction_sheet(run, seen, args.predict, args.question, clips, args.clips or 6).save(args.sheet)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: what the model looked at, and what it made of it
+
+
+class Seen(NamedTuple):
+    """What a model looked at in one video; all of it on the CPU. n: the names of options or answers."""
+
+    frames: torch.Tensor  # (N, T, 3, L, L) uint8: the clips
+    attention: torch.Tensor  # (N, h, w): from [CLS] to each cell of the grid; the rest of 1 goes to the words
+    names: list
+    scores: torch.Tensor  # (N, n): what each clip says alone, as probabilities; in counting, the number
+    weights: torch.Tensor  # (N,): of each clip in G
+    ranking: torch.Tensor  # (n,): what all clips say together
 
 
 def look(run, model, batch):
-    """What the model makes of a batch of one example, and what it looked at: a data.Seen."""
+    """What the model makes of a batch of one example, and what it looked at."""
     kept, how, example = [], run.settings["agg"], batch["examples"][0]
     model.eval()
     model.bert.set_attn_implementation("eager")  # which has the attention weights as a tensor; SDPA never does
     attention = model.bert.encoder.layer[-1].attention.self
-    hook = attention.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs[1].float().mean(1)))
+    # of the weights (N*n, heads, queries, keys) those of the first query, [CLS], of which the answer is made
+    hook = attention.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs[1][:, :, 0].float()))
     batch = run.device.move(batch)
     with torch.no_grad(), run.device.autocast(), torch.compiler.set_stance("force_eager"):  # compiled, no hook runs
         logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
     hook.remove()
     model.bert.set_attn_implementation("sdpa")
     logits = logits.float().cpu()  # (N, n, K)
-    scores = torch.stack([probabilities(run.task, p) for p in logits])  # (N, names)
-    ranking = probabilities(run.task, clipbert.aggregate_clips(logits, how))
-    best, counting = ranking.argmax().item(), run.task.kind == "count"
-    points = logits[..., -1] if run.task.kind in ("match", "rank") else logits.flatten(1)  # (N, names), one each
-    names = list(example.options) or (["count"] if counting else run.answers) or [example.text]
+    names = list(example.options) or (["count"] if run.task.kind == "count" else run.answers) or [example.text]
+    # FrameQA's model has more outputs than there are answers: those without a name are never shown
+    scores = torch.stack([probabilities(run.task, p)[: len(names)] for p in logits])
+    ranking = probabilities(run.task, clipbert.aggregate_clips(logits, how))[: len(names)]
+    best = ranking.argmax().item()
+    points = logits[..., -1] if run.task.kind in ("match", "rank") else logits.flatten(1)  # (N, n), one each
     text = best if example.options else 0  # multiple choice has a text for each option
-    words = batch["attention_mask"][text].sum() - 1  # all but the last, [SEP]
-    grid = kept[0].cpu().unflatten(0, logits.shape[:2])[:, text, :words, batch["input_ids"].shape[1] :]
-    return data.Seen(
-        example.text, batch["frames"][0].cpu(), run.tokenizer.convert_ids_to_tokens(batch["input_ids"][text, :words]),
-        grid.unflatten(2, (math.isqrt(grid.shape[2]), -1)), names + ["(unused)"] * (len(ranking) - len(names)), scores,
-        clip_weights(points[:, best], how), ranking, max(10.0, scores.max().item()) if counting else 1,
-    )  # fmt: skip
+    grid = kept[0].mean(1).cpu().unflatten(0, logits.shape[:2])[:, text, batch["input_ids"].shape[1] :]  # (N, h*w)
+    grid = grid.unflatten(1, (math.isqrt(grid.shape[1]), -1))
+    return Seen(batch["frames"][0].cpu(), grid, names, scores, clip_weights(points[:, best], how), ranking)
+
+
+def telling_clips(seen, how):
+    """The clips in the order of what they add to the answer, and this order in words.
+
+    By their weight in G; where all weigh the same, as in mean, by how sure each is of what all say together.
+    """
+    own = seen.scores[:, seen.ranking.argmax()]
+    order = sorted(range(len(own)), key=lambda i: (seen.weights[i].item(), own[i].item()), reverse=True)
+    return order, "surest of the answer" if how == "mean" else "heaviest in G"
+
+
+def best_first(scores, most=5):
+    return scores.topk(min(most, len(scores))).indices.tolist()
+
+
+def bars(seen, scores, color):
+    """A bar for each of the best names of all clips, the highest in colour; a clip's own favourite is always there."""
+    order = best_first(seen.ranking)
+    if (own := scores.argmax().item()) not in order:
+        order[-1] = own
+    full = 10 if seen.names == ["count"] else 1  # of the longest bar: a probability of 1; most counts are below 10
+    lengths = (scores / full).clamp(0, 1).tolist()
+    return [(seen.names[j], lengths[j], f"{scores[j]:.3f}", color if j == own else data.PALE) for j in order]
+
+
+ATTENTION = ("Colours on the grid: [CLS]'s attention to each cell in the last layer, the mean of all heads; the rest of "
+             "100% goes to the words. Attention is not an explanation: the answer may hang on something else.")
+
+
+def scale(top, name):
+    """The last row's picture: what the colours mean."""
+    return data.colors(torch.linspace(0, top, 170).expand(16, -1), top), f"0 to {name}", data.GREY
+
+
+def prediction_sheet(run, seen, path, question, clips, most):
+    """Rows of the `most` telling clips, in order of time, and what G makes of all; clips (N, T): frame indices."""
+    media, (N, T), s = data.probe(path), clips.shape, run.settings
+    order, why = telling_clips(seen, s["agg"])
+    shown = range(0, T, -(-T // 4))  # at most four frames of a clip
+    side = min(180, 720 // (len(shown) + 1) - data.GAP)  # pictures get half the sheet
+    colors, rows, top = [data.PALE] * N, [], seen.attention.max().item()
+    for k, i in enumerate(sorted(order[:most])):
+        colors[i] = color = data.SHEET_COLORS[k % len(data.SHEET_COLORS)]
+        times, weight = (clips[i] / media.fps).tolist(), seen.weights[i].item()
+        pictures = [data.picture(pixels, side, media) for pixels in seen.frames[i]]
+        grid = data.overlay(pictures[T // 2], seen.attention[i], top)
+        rows.append(data.SheetRow(
+            [*((pictures[t], f"{times[t]:.2f} s", color) for t in shown),
+             (grid, f"{seen.attention[i].sum():.0%} on the grid", color)],
+            (f"clip {i + 1} of {N}", f"from {times[0]:.2f} s", "on its own it says:"),
+            [*bars(seen, seen.scores[i], color), ("its weight in G", weight, f"{weight:.3f}", data.DARK)], color,
+        ))  # fmt: skip
+    ranking = bars(seen, seen.ranking, data.DARK)
+    rows.append(data.SheetRow([scale(top, f"{top:.1%} in one cell")], ("All clips:", f"G = {s['agg']}"), ranking))
+    about = f"{path.name}: N = {N} clips of T = {T} frames{f', shown: the {most} {why}' if most < N else ''}"
+    line = data.time_line(media, clips, T / s["fps"], colors, True)
+    return data.draw_sheet(question, about, rows, line, [ATTENTION, *data.toy_notes(path)])
 
 
 def example_sheet(run, model, examples, predictions, each=4):
     """A picture of the first few test examples that were right, and of those that were wrong."""
     # Right is, in retrieval, a caption whose own video comes first, and in counting what is off by less than a half.
-    columns, run = ([], []), run._replace(device=run.device._replace(workers=0))
-    for example, row in zip(examples, predictions, strict=True):
-        right = row["rank"] == 1 if "rank" in row else row["mse"] < 0.25 if "mse" in row else row["accuracy"] >= 0.5
-        if len(columns[not right]) < each:
-            columns[not right].append((retrieval_card if "rank" in row else answer_card)(run, model, example, row))
-    title = f"{run.task.title}, N_test = {predictions[0]['clips']}: the first test examples right and wrong"
-    return data.example_sheet(title, *columns)
+    rows, run = {True: [], False: []}, run._replace(device=run.device._replace(workers=0))
+    for example, said in zip(examples, predictions, strict=True):
+        right = said["rank"] == 1 if "rank" in said else said["mse"] < .25 if "mse" in said else said["accuracy"] >= .5
+        if len(rows[right]) < each:
+            row, why = example_row(run, model, example, said, right)
+            rows[right].append(row)
+    title = f"{run.task.title}, N_test = {said['clips']}: the first test examples right and wrong"
+    about = f"Of each video one clip is shown, the one {why}; the bars are what all clips say together."
+    rows = [*rows[True], *rows[False], data.SheetRow([scale(1, "the highest cell")])]
+    path = data.find_media(run.folder, examples[0].video)
+    return data.draw_sheet(title, about, rows, notes=[ATTENTION, *data.toy_notes(path or "")])
 
 
-def answer_card(run, model, example, row):
-    """Pictures and lines: the clip that weighs most (in mean: that is surest), its attention, question and answers."""
-    seen = look(run, model, next(iter(run.loader([example], row["clips"], False, [[(0, 0)]]))))
-    best = seen.ranking.argmax()
-    i = max(range(row["clips"]), key=lambda i: (seen.weights[i].item(), seen.scores[i, best].item()))
-    pictures, attention = [data.picture(pixels, 180) for pixels in seen.frames[i][:3]], seen.attention[i, 0]
-    pictures.append(data.overlay(seen.frames[i, seen.frames.shape[1] // 2], attention, attention.max().item(), 180))
-    answer, said = example.answer, row["prediction"]
-    answer = example.options[answer] if example.options else answer
-    answer = max(answer, key=answer.get, default="") if isinstance(answer, dict) else answer
-    said = f"{said:.2f}" if isinstance(said, float) else said or "nothing"
-    return pictures, [example.text, f"predicted: {said}", f"answer: {answer}", f"(clip {i + 1} of {row['clips']})"]
-
-
-def retrieval_card(run, model, example, row):
-    """Pictures and lines: a frame from the middle of a caption's three best videos, and where its own one stands."""
-    best = [example._replace(video=video) for video in row["prediction"][:3]]
-    batches = run.loader(best, 1, False, [[(0, i)] for i in range(len(best))])
-    pictures = [data.picture(batch["frames"][0, 0, 0], 180) for batch in batches]
-    return pictures, [example.text, f"its own video: number {row['rank']:g}", f"shown: numbers 1 to {len(best)}"]
+def example_row(run, model, example, said, right):
+    """An example's video, in retrieval beside the best other one, its most telling clip, and the reason of the choice."""
+    color, pictures, shown = "#009e73" if right else "#d55e00", [], []
+    lines, videos = [f"{'right' if right else 'wrong'}: {example.text}"], {example.video: ""}
+    if "rank" in said:
+        others = [video for video in said["prediction"] if video != example.video]
+        videos = {example.video: f"its own: number {said['rank']:g}"}
+        videos |= {video: f"other: number {said['prediction'].index(video) + 1}" for video in others[:1]}
+    else:
+        lines.append(f"answer: {example.options[example.answer] if example.options else example.answer}")
+    for video, name in videos.items():
+        batch = next(iter(run.loader([example._replace(video=video)], said["clips"], False, [[(0, 0)]])))
+        seen = look(run, model, batch)
+        (i, *_), why = telling_clips(seen, run.settings["agg"])
+        media = None if batch["unreadable"][0] else data.probe(data.find_media(run.folder, video))
+        image = data.picture(seen.frames[i, seen.frames.shape[1] // 2], 172, media)
+        grid = data.overlay(image, seen.attention[i], seen.attention[i].max().item())
+        pictures += [(image, name or f"clip {i + 1} of {said['clips']}", color),
+                     (grid, f"{seen.attention[i].sum():.0%} on the grid", color)]  # fmt: skip
+        shown += bars(seen._replace(names=[name]) if name else seen, seen.ranking, color)
+    return data.SheetRow(pictures, lines, shown, color), why
 
 
 def probabilities(task, p):
