@@ -1780,12 +1780,14 @@ class SheetRow(NamedTuple):
 
 def draw_sheet(title, about, rows, line=None, notes=()):
     """-> the picture. line: a strip by `time_line`; notes: texts for the end, in small letters."""
+    # Columns are as wide as what they hold, the same for all rows: like things stand below each other.
     left = MARGIN + max(sum(image.width + GAP for image, *_ in row.pictures) for row in rows) + GAP
     bars = [bar for row in rows for bar in row.bars]
     texts = [text for row in rows for text in row.lines]
     width = widest(texts, 18, TEXT_WIDTH if bars else WIDTH - MARGIN - left)  # of the column of lines
     start = left + width + 3 * GAP  # of the names of the bars, which get two fifths of what is left
     names = widest([name for name, *_ in bars], 16, (WIDTH - MARGIN - start) * 2 // 5)
+    # Each strip knows its own height, so the sheet's is their sum, and nothing need be measured twice.
     strips = [text_strip(title, 28, DARK), text_strip(about, 18, GREY), *([line] if line else [])]
     strips += [draw_row(row, left, width, start, names) for row in rows]
     strips += [text_strip(note, 16, GREY) for note in notes]
@@ -1806,15 +1808,21 @@ def text_strip(text, size, color):
 
 
 def draw_row(row, left, width, start, names):
-    """A strip: pictures from the margin on, lines from `left` on, bars from `start` on; the widths of lines and names."""
+    """A strip: pictures from the margin on, lines from `left` on, bars from `start` on.
+
+    width and names: the widths of the lines and of the bars' names, which are wrapped to them.
+    """
     lines = [wrap(line, 18, width) for line in row.lines]
     labels = [wrap(name, 16, names) for name, *_ in row.bars]
-    heights = [image.height + 26 for image, *_ in row.pictures]  # 26: the line below it
+    # as high as the highest of the three: 26 pixels for what is written below a picture, 24 for a
+    # line of 18, and 22 for one of 16, with 6 between two bars
+    heights = [image.height + 26 for image, *_ in row.pictures]
     heights += [24 * sum(map(len, lines)), sum(22 * len(label) + 6 for label in labels)]
     strip = Image.new("RGB", (WIDTH, max(heights)), "white")
     draw, x, y = ImageDraw.Draw(strip), MARGIN, 0
     for image, caption, color in row.pictures:
         strip.paste(image, (x, 0))
+        # the border tells which clip it is, as does the clip's bar on the time line
         draw.rectangle((x, 0, x + image.width - 1, image.height - 1), outline=color, width=2)
         write(draw, (x + image.width // 2, image.height + 5), caption, 15, GREY, "ma")
         x += image.width + GAP
@@ -1823,7 +1831,8 @@ def draw_row(row, left, width, start, names):
         y += 24 * len(parts)
     x, y = start + names + GAP, 0
     for label, (_, length, number, color) in zip(labels, row.bars, strict=True):
-        end = x + max(2, round((WIDTH - MARGIN - 60 - x) * length))  # 60: room for the number
+        # 60: room for the number behind the longest bar; 2: a length of 0 is a line, not a gap
+        end = x + max(2, round((WIDTH - MARGIN - 60 - x) * length))
         draw.rectangle((x, y + 1, end, y + 18), fill=color)
         write(draw, (start, y), "\n".join(label), 16, DARK)
         write(draw, (end + GAP, y), number, 16, DARK)
@@ -1845,9 +1854,14 @@ def widest(texts, size, most):
 
 
 def wrap(text, size, width):
-    """Text as lines of at most `width` pixels: as many letters to a line as fit."""
-    text, font = text[:2000], ImageFont.load_default(size)
-    most = 1 + int(1.2 * len(text) * width / max(font.getlength(text), 1))  # a fifth more than letters of mean width
+    """Text as lines of at most `width` pixels: as many letters to a line as fit.
+
+    Letters differ in width, and a word may be longer than a line. So let textwrap count letters,
+    and try fewer and fewer until the widest line fits.
+    """
+    text, font = text[:2000], ImageFont.load_default(size)  # 2000: a sheet must end
+    text = text.replace("\n", " ")
+    most = 1 + int(1.2 * len(text) * width / max(font.getlength(text), 1))  # 1.2: few "W", many "i"
     for letters in range(most, 0, -1):
         lines = textwrap.wrap(text, letters)
         if all(font.getlength(line) <= width for line in lines):
@@ -1863,7 +1877,8 @@ def time_line(media, clips, length, colors, uniform):
     seconds, starts = media.num_frames / media.fps, (clips[:, 0] / media.fps).tolist()
     scale = (WIDTH - 2 * MARGIN) / seconds  # pixels of a second
     step = next((s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300) if seconds / s <= 12), seconds / 10)
-    lanes, ends = [], []  # each clip's lane; where, in pixels, each lane is free again
+    # Clips may overlap: each takes the first lane that is free again.
+    lanes, ends = [], []  # each clip's lane; where, in pixels, each lane ends so far
     for start in starts:
         lanes.append(next((lane for lane, end in enumerate(ends) if end <= scale * start + 1e-3), len(ends)))
         ends[lanes[-1] : lanes[-1] + 1] = [scale * start + max(scale * length, 20)]  # 20: room for its number
@@ -1872,7 +1887,7 @@ def time_line(media, clips, length, colors, uniform):
     strip = Image.new("RGB", (WIDTH, 38 + 36 * len(ends) + 26 * remark), "white")
     draw = ImageDraw.Draw(strip)
     draw.line((MARGIN, 28, WIDTH - MARGIN, 28), fill=DARK, width=2)
-    for i in range(int(seconds / step + 1e-6) + 1):
+    for i in range(int(seconds / step + 1e-6) + 1):  # 1e-6: 8.000 s may be a little less than 8
         x = MARGIN + scale * i * step
         draw.line((x, 22, x, 28), fill=DARK, width=2)
         write(draw, (x, 18), f"{i * step:g} s", 15, DARK, "ms")
@@ -1882,6 +1897,7 @@ def time_line(media, clips, length, colors, uniform):
         write(draw, (MARGIN, 42 + 36 * len(ends)), say, 16, GREY)
     for i, (row, lane, color) in enumerate(zip(clips.tolist(), lanes, colors, strict=True)):
         left, y = MARGIN + scale * starts[i], 34 + 36 * lane
+        # 2: a gap between neighbours; 5: a second of an hour would be half a pixel
         right = max(min(left + scale * length, WIDTH - MARGIN) - 2, left + 5)
         draw.rectangle((left, y, right, y + 12), fill=color)
         for index in row:
@@ -1892,12 +1908,16 @@ def time_line(media, clips, length, colors, uniform):
 
 
 def contact_sheet(path, n_clips, n_frames, target_fps, size, seed=None):
-    """A video's clips on its time line, and their frames as the model receives them. seed: random clips, as in training."""
+    """A video's clips on its time line, and their frames as the model receives them.
+
+    seed: random clips, as in training; None: uniform ones, as in testing.
+    """
     media, generator = probe(path), None if seed is None else torch.Generator().manual_seed(seed)
     clips = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, seed is not None, generator)
     clips = clips[clips[:, 0].argsort(stable=True)]  # random ones in the order of time, too
     colors = [SHEET_COLORS[i % len(SHEET_COLORS)] for i in range(n_clips)]
     per_row = n_frames * (8 // n_frames) or 8  # whole clips, unless they are longer than eight pictures
+    # 360 pixels are enough to see: a model's 448 would fill the screen with one clip
     side = min(360, (WIDTH - 2 * MARGIN) // min(per_row, clips.numel()) - GAP)
     indices, pictures = clips.flatten().tolist(), []
     for i, pixels in enumerate(read_frames(path, indices, size)):
@@ -1913,7 +1933,10 @@ def contact_sheet(path, n_clips, n_frames, target_fps, size, seed=None):
 
 
 def picture(pixels, side, media):
-    """A frame (3, L, L) as a picture, its padding labelled; media: of the file, None for one that can't be read."""
+    """A frame (3, L, L) as a picture, its padding labelled: black may be a night, too.
+
+    media: of the file; None for one that can't be read.
+    """
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
     h, w = resized_shape(media.height, media.width, side) if media else (0, side)
     if side - h > 20 or side - w > 60:  # below the frame or right of it: never both
@@ -1925,7 +1948,7 @@ def picture(pixels, side, media):
 def overlay(image, attention, top):
     """A picture in grey below the attention (h, w) to the grid's cells; violet is 0, yellow is `top`."""
     heat = colors(attention, top).resize(image.size, Image.Resampling.NEAREST)
-    image = Image.blend(image.convert("L").convert("RGB"), heat, 0.6)
+    image = Image.blend(image.convert("L").convert("RGB"), heat, 0.6)  # .6: both can be told
     draw, side, cells = ImageDraw.Draw(image), image.width, len(attention)
     for i in range(1, cells):  # the borders: it is a grid, and no smooth cloud
         draw.line((0, side * i // cells, side, side * i // cells), fill="white")
@@ -1977,6 +2000,7 @@ def check(layout, folder, text_length):
     if splits.get("val") == splits.get("test"):
         splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
     everything = [e for examples in splits.values() for e in examples]
+    # Each video once, though several examples and splits may have it: opening files takes the time.
     videos = list({e.video: None for e in everything})
     check_one = functools.partial(check_video, folder=folder, stills=layout.stills)
     with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:  # more would only wait for the disk
@@ -1984,6 +2008,7 @@ def check(layout, folder, text_length):
         faults = {video: fault for video, fault in zip(videos, results, strict=True) if fault}
     # A word is a token here, whole; BERT's own vocabulary splits rare ones, so it cuts a little earlier.
     tokenizer = build_tokenizer(vocabulary_from_text(text for e in everything for text in input_texts(e)))
+    # A split with a video of training tests the memory of a model, and not what it has understood.
     known = {e.video for e in splits.get("train", [])}
     for split, examples in splits.items():
         wrong = [*check_videos(examples, faults), *check_rows(examples, tokenizer, text_length)]
@@ -2008,7 +2033,11 @@ def check_video(name, folder, stills):
 
 
 def check_videos(examples, faults):
-    """Yield (finding, line) for the videos of a split, each once. faults: {video: (finding, why)}."""
+    """Yield (finding, line) for the videos of a split, each once. faults: {video: (finding, why)}.
+
+    One unreadable video costs an example. Many in a row end a run, hours after its start perhaps,
+    and half of a test would be counted as wrong: that is more than a remark.
+    """
     kinds = [faults[e.video][0] if e.video in faults else "" for e in examples]
     for video, what in {e.video: what for e, what in zip(examples, kinds, strict=True) if what}.items():
         none = set(kinds) == {"videos missing"}
@@ -2021,7 +2050,11 @@ def check_videos(examples, faults):
 
 
 def check_rows(examples, tokenizer, text_length):
-    """Yield (finding, line) for what stands twice, or is too long; an option stands behind its question."""
+    """Yield (finding, line) for what stands twice, or is too long.
+
+    In multiple choice the text is the question and an option behind it: what is cut off is the
+    option, so that the model may be asked to choose between equals.
+    """
     rows = set()
     for e in examples:
         if (row := (e.video, e.text, e.options)) in rows:
@@ -2062,7 +2095,10 @@ def folder(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes end in one line: no list of all flags, but the word that was perhaps meant."""
+    """A command line whose mistakes end in one line.
+
+    It has no list of all flags, which would hide what is wrong, but the word that was perhaps meant.
+    """
 
     def __init__(self, **options):
         # no abbreviations: a shortened flag would change its meaning with the next flag that begins alike
@@ -2076,6 +2112,8 @@ class Parser(argparse.ArgumentParser):
         return args, unknown
 
     def error(self, message):
+        # argparse says what it did not understand, and behind a wrong choice what it would have;
+        # of flags, its usage lists all.
         message = " ".join(message.split())
         if wrong := re.search(r"(?:unrecognized arguments:|invalid choice:) '?([\w-]+)'?(.*)", message):
             known = re.findall(r"[\w-]+", wrong[2] if "choice" in message else self.format_usage())
@@ -2084,7 +2122,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
     def numbers(self, *flags, kind=int, low=1, high=10**9, **options):
-        """Flags that take a number from low to high, which nan never is."""
+        """Flags that take a number from low to high.
+
+        nan is in no range: each comparison with it is false. And inf is above all of them. So what
+        the scripts compute with is a number, whatever was typed.
+        """
 
         def number(text):
             try:
@@ -2108,6 +2150,7 @@ def run_check(args):
     splits, found = check(layout, where, length)
     print(f"{task} in {where}; texts of at most {length} tokens\n")
     print_check(splits, found)
+    # "mend", not "stop": a test whose videos are mostly unreadable runs to its end, and means nothing
     stops = [what for what, remedy in FINDINGS.items() if remedy[0] == "!" and any(what == kind for kind, *_ in found)]
     print(f"\nmend this before a run: {', '.join(stops)}" if stops else "\nnothing here would stop a run")
     return bool(stops)
@@ -2119,7 +2162,11 @@ def run_show(args):
 
 
 def parse_arguments(arguments):
-    """The four commands; `run` is the function of the one that was chosen."""
+    """The four commands; `run` is the function of the one that was chosen.
+
+    What is not asked for is as the paper's model has it: 448 pixels, and clips of two frames, half a
+    second apart. Ranges are wide; they keep out what no machine can hold.
+    """
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data")
@@ -2150,7 +2197,11 @@ def parse_arguments(arguments):
 
 
 def main(arguments=None):
-    """Run a command. A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import."""
+    """Run a command: the one place where an error becomes a line.
+
+    A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import. What
+    is no mistake of the user's, but ours, keeps its traceback.
+    """
     args = parse_arguments(arguments)
     try:
         sys.exit(args.run(args))

@@ -687,7 +687,11 @@ def best_first(scores, most=5):
 
 
 def bars(seen, scores, color):
-    """A bar for each of the best names of all clips, the highest in colour; a clip's own favourite is always there."""
+    """A bar for each of the best names of all clips, the highest in colour.
+
+    All rows have the same names in the same order, so that they can be compared; but a clip's own
+    favourite is always there.
+    """
     order = best_first(seen.ranking)
     if (own := scores.argmax().item()) not in order:
         order[-1] = own
@@ -706,7 +710,11 @@ def scale(top, name):
 
 
 def prediction_sheet(run, seen, path, question, clips, most):
-    """Rows of the `most` telling clips, in order of time, and what G makes of all; clips (N, T): frame indices."""
+    """What led to an answer: the `most` telling clips in order of time, and what G makes of all clips.
+
+    clips (N, T): frame indices. The time line has all clips, those without a row in grey. All grids
+    have one scale of colours, so that clips can be compared.
+    """
     media, (N, T), s = data.probe(path), clips.shape, run.settings
     order, why = telling_clips(seen, s["agg"])
     shown = range(0, T, -(-T // 4))  # at most four frames of a clip
@@ -716,6 +724,7 @@ def prediction_sheet(run, seen, path, question, clips, most):
         colors[i] = color = data.SHEET_COLORS[k % len(data.SHEET_COLORS)]
         times, weight = (clips[i] / media.fps).tolist(), seen.weights[i].item()
         pictures = [data.picture(pixels, side, media) for pixels in seen.frames[i]]
+        # The model takes the mean over the T frames of a clip: there is one grid, drawn over the middle frame.
         grid = data.overlay(pictures[T // 2], seen.attention[i], top)
         rows.append(data.SheetRow(
             [*((pictures[t], f"{times[t]:.2f} s", color) for t in shown),
@@ -731,7 +740,10 @@ def prediction_sheet(run, seen, path, question, clips, most):
 
 
 def example_sheet(run, model, examples, predictions, each=4):
-    """A picture of the first few test examples that were right, and of those that were wrong."""
+    """A picture of the first few test examples that were right, and of those that were wrong.
+
+    The first, not the best: chosen ones would tell nothing about the model.
+    """
     # Right is, in retrieval, a caption whose own video comes first, and in counting what is off by less than a half.
     rows, run = {True: [], False: []}, run._replace(device=run.device._replace(workers=0))
     for example, said in zip(examples, predictions, strict=True):
@@ -747,7 +759,11 @@ def example_sheet(run, model, examples, predictions, each=4):
 
 
 def example_row(run, model, example, said, right):
-    """An example's video, in retrieval beside the best other one, its most telling clip, and the reason of the choice."""
+    """The row of an example, and the reason why its clip was chosen.
+
+    In retrieval it has two videos, the caption's own and the best other one: of a mistake, those that
+    the model took for each other.
+    """
     color, pictures, shown = "#009e73" if right else "#d55e00", [], []
     lines, videos = [f"{'right' if right else 'wrong'}: {example.text}"], {example.video: ""}
     if "rank" in said:
@@ -760,8 +776,10 @@ def example_row(run, model, example, said, right):
         batch = next(iter(run.loader([example._replace(video=video)], said["clips"], False, [[(0, 0)]])))
         seen = look(run, model, batch)
         (i, *_), why = telling_clips(seen, run.settings["agg"])
+        # a video that can't be read has black frames and no facts; the model answered without it
         media = None if batch["unreadable"][0] else data.probe(data.find_media(run.folder, video))
         image = data.picture(seen.frames[i, seen.frames.shape[1] // 2], 172, media)
+        # Each picture has its own scale here: other videos and other questions can't be compared.
         grid = data.overlay(image, seen.attention[i], seen.attention[i].max().item())
         pictures += [(image, name or f"clip {i + 1} of {said['clips']}", color),
                      (grid, f"{seen.attention[i].sum():.0%} on the grid", color)]  # fmt: skip

@@ -168,7 +168,7 @@ def test_retrieval_shows_the_right_video_beside_the_best_other_one(tmp_path, dra
     *rows, _ = drawn[0][2]
     assert 4 <= len(rows) <= 8
     for row in rows:
-        (own, _, _), _, (_, other, _), _ = row.pictures
+        (_, own, _), _, (_, other, _), _ = row.pictures
         right = row.lines[0].startswith("right")
-        assert [name for name, *_ in row.bars] == [row.pictures[0][1], other]
+        assert [name for name, *_ in row.bars] == [own, other]
         assert (row.bars[0][0] == "its own: number 1") == right and other == f"other: number {2 if right else 1}"

@@ -36,7 +36,7 @@ def test_uniform_clips_stand_at_their_times_and_what_is_never_looked_at_is_grey(
 
 def test_clips_that_overlap_get_lanes(video):
     clips = data.sample_clips(32, 4.0, 5, 4, 1.0, False)  # 5 clips of 4 seconds out of 8
-    strip, found = line(video, clips, 4.0)
+    _, found = line(video, clips, 4.0)
     assert np.allclose(found, [(start, start + 4) for start in (clips[:, 0] / 4).tolist()], atol=0.02)
 
 
