@@ -80,6 +80,7 @@ TASKS = {
     "vqa": Task("VQA v2", "soft", size=768, batch_size=32, grad_accum=1, epochs=5, clip_grad=2.0, test_clips=(1,),
                 tiny={"lr": 5e-4, "max_steps": 2400}),
 }  # fmt: skip
+TASKS["qa"] = TASKS["msrvtt_qa"]._replace(title="one's own questions")
 # How a task's data is read stands in data.py, where `data.py check` needs it, too.
 TASKS = {name: task._replace(**{field: getattr(data.LAYOUTS[name], field)
                                 for field in ("read", "toy", "top_answers", "text_length")})

@@ -502,7 +502,7 @@ def write_noise_video(path, seconds=15, fps=25, width=320, height=240):
 def retrieval_run(folder):
     """The tiny model (CHECKPOINT's, or with random weights) and 200 toy videos, each with a caption."""
     data.write_toy_msrvtt(folder, train=100, test=100, seed=1)  # there are not 200 test videos that all differ
-    examples = [e for split in ("test", "train") for e in data.read_msrvtt_retrieval(folder, split)]
+    examples = [e for split in ("test", "train") for e in data.read_examples("msrvtt_retrieval", folder, split)]
     examples = list({e.video: e for e in examples}.values())
     path = os.environ.get("CHECKPOINT")
     args = finetune.parse_arguments(["--task", "msrvtt_retrieval", "--data", str(folder), "--eval", path or "none"])

@@ -128,20 +128,12 @@ def lines_of(path):
 def rows_of(path):
     """Rows as dicts of text: of a table split at every TAB (or by csv, at commas), or of JSON values."""
     if path.suffix == ".jsonl":
-        return list(map(json_of, re.split("\r?\n", path.read_bytes().decode("utf-8-sig").rstrip())))
+        return list(map(json.loads, re.split("\r?\n", path.read_bytes().decode("utf-8-sig").rstrip())))
     if path.suffix == ".json":
-        return json_of(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
     lines = lines_of(path)
     cells = [line.split("\t") for line in lines] if "\t" in lines[0] else list(csv.reader(lines))
     return [dict(zip(map(str.strip, cells[0]), row, strict=True)) for row in cells[1:]]
-
-
-def json_of(text):
-    def once(pairs):
-        assert len(dict(pairs)) == len(pairs), "which of two values is meant?"
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=once)
 
 
 def words(text):
@@ -157,9 +149,12 @@ def choice(row, *video):
     return words(first(row, *video)), words(row.get("question", "")), tuple(map(words, options)), int(row["answer"])
 
 
+def clip(name):
+    return f"video{words(name)}" if words(name).isdigit() else words(name)  # MSRVTT's video of that number
+
+
 def question(row):
-    video = words(first(row, "video_id", "clip_name"))
-    return f"video{video}" if video.isdigit() else video, words(row["question"]), (), words(row["answer"])
+    return clip(first(row, "video_id", "clip_name")), words(row["question"]), (), words(row["answer"])
 
 
 def caption(video, text):
@@ -183,17 +178,18 @@ def vqa(questions, annotations):
         said = [words(answer["answer"]) for answer in given[words(row["question_id"])]["answers"]]
         counts = Counter(data.normalize_answer(answer) for answer in said)
         scores = {answer: min(1.0, n / 3) for answer, n in counts.items() if answer}
-        yield photo(row["image_id"]), words(row["question"]), (), scores
+        image = first({**given[words(row["question_id"])], **row}, "image_id")  # both files tell
+        yield photo(image), words(row["question"]), (), scores
 
 
 def listed(listing, *files):
     videos = {words(row["video_id"]) for row in rows_of(listing)}
     sentences = [row for path in files for row in rows_of(path)["sentences"]]
-    return [caption(row["video_id"], row.get("caption") or "") for row in sentences if words(row["video_id"]) in videos]
+    return [caption(clip(row["video_id"]), row.get("caption") or "") for row in sentences if words(row["video_id"]) in videos]
 
 
 def coco(path):
-    names = {words(row["id"]): row["file_name"] for row in rows_of(path)["images"]}
+    names = {words(row["id"]): row.get("file_name") or photo(row["id"]) for row in rows_of(path)["images"]}
     return [caption(names[words(row["image_id"])], row.get("caption") or "") for row in rows_of(path)["annotations"]]
 
 
@@ -210,7 +206,7 @@ def own(path):
         if "coco_id" in row:
             video = photo(video)
         elif "vg_id" in row:
-            video = words(video).removesuffix(".jpg") + ".jpg"
+            video = words(video) + ".jpg" if words(video).isdigit() else words(video)
         yield from (caption(video, text) for text in (texts if isinstance(texts, list) else [texts or ""]))
 
 
@@ -241,31 +237,31 @@ PEOPLE = [{"answer": ["yes", "no", "Two.", "a dog"][i % 4], "answer_id": i} for 
 LAYOUTS = {
     "tgif_qa_action": (
         {"Train_action_question.csv": table([ROWS[i] | FIVE[i] | {"answer": i} | KEYS[i] for i in range(4)])},
-        lambda folder: data.read_tgif_qa(folder, "action", "train"),
+        lambda folder: data.read_examples("tgif_qa_action", folder, "train"),
         lambda path: [choice(row, "gif_name") for row in rows_of(path)]),
     "tgif_qa_count": (
         {"Test_count_question.csv": table([ROWS[i] | {"answer": 2 + 3 * i} | KEYS[i] for i in range(4)])},
-        lambda folder: data.read_tgif_qa(folder, "count", "test"),
+        lambda folder: data.read_examples("tgif_qa_count", folder, "test"),
         lambda path: [(words(row["gif_name"]), words(row["question"]), (), int(row["answer"]))
                       for row in rows_of(path)]),
     "tgif_qa_frameqa": (
         {"Test_frameqa_question.csv": table([ROWS[i] | {"answer": ACTIONS[i], "type": i} | KEYS[i] for i in range(4)])},
-        lambda folder: data.read_tgif_qa(folder, "frameqa", "test"),
+        lambda folder: data.read_examples("tgif_qa_frameqa", folder, "test"),
         lambda path: [(words(row["gif_name"]), words(row["question"]), (), words(row["answer"]))
                       for row in rows_of(path)]),
     "tgif_qa_transition.jsonl": (
         {"transition_train.jsonl": lines([row | {"gif_name": row["clip_name"]} for row in LISTS])},
-        lambda folder: data.read_tgif_qa(folder, "transition", "train"),
-        lambda path: [choice(row, "gif_name") for row in rows_of(path)]),
+        lambda folder: data.read_examples("tgif_qa_transition", folder, "train"),
+        lambda path: [choice(row, "gif_name", "clip_name") for row in rows_of(path)]),
     "msrvtt_qa": (
-        {"val_qa.json": json.dumps(ASKED)}, lambda folder: data.read_msrvtt_qa(folder, "val"),
+        {"val_qa.json": json.dumps(ASKED)}, lambda folder: data.read_examples("msrvtt_qa", folder, "val"),
         lambda path: [question(row) for row in rows_of(path)]),
     "msrvtt_qa.jsonl": (
         {"msrvtt_qa_test.jsonl": lines([row | {"answer_type": "what"} for row in ASKED])},
-        lambda folder: data.read_msrvtt_qa(folder, "test"), lambda path: [question(row) for row in rows_of(path)]),
+        lambda folder: data.read_examples("msrvtt_qa", folder, "test"), lambda path: [question(row) for row in rows_of(path)]),
     "msrvtt_mc": (
         {"msrvtt_mc_test.jsonl": lines([{k: v for k, v in row.items() if k != "question"} for row in LISTS])},
-        data.read_msrvtt_mc,
+        lambda folder: data.read_examples("msrvtt_mc", folder, "test"),
         lambda path: [(video, "", *rest) for video, _, *rest in
                       (choice(row, "clip_name", "video_id", "video") for row in rows_of(path))]),
     "vqa": (
@@ -273,39 +269,39 @@ LAYOUTS = {
             {"question_id": 90 + i, "image_id": 9, "question": text} for i, text in enumerate(TEXTS)]}),
          "v2_mscoco_train2014_annotations.json": json.dumps({"annotations": [
              {"question_id": 90 + i, "image_id": 9, "answer_type": "other", "answers": PEOPLE} for i in range(4)]})},
-        lambda folder: data.read_vqa(folder, "train"), lambda *paths: list(vqa(*paths))),
+        lambda folder: data.read_examples("vqa", folder, "train"), lambda *paths: list(vqa(*paths))),
     "vqa.jsonl": (
         {"vqa_train.jsonl": lines([{"question": text, "question_id": i, "image_id": 7, "labels": {"yes": 1, "no": .3}}
                                    for i, text in enumerate(TEXTS)])},
-        lambda folder: data.read_vqa(folder, "train"),
+        lambda folder: data.read_examples("vqa", folder, "train"),
         lambda path: [(photo(row["image_id"]), words(row["question"]), (),
                        {words(k): v for k, v in row["labels"].items()}) for row in rows_of(path)]),
     "msrvtt_retrieval": (
         {"MSRVTT_train.9k.csv": "video_id\r\nvideo0\r\nvideo2\r\nvideo3\r\n", "MSRVTT_data.json": json.dumps(MSRVTT)},
-        lambda folder: data.read_msrvtt_retrieval(folder, "train"), listed),
+        lambda folder: data.read_examples("msrvtt_retrieval", folder, "train"), listed),
     "msrvtt_1ka_test": (
         {"MSRVTT_JSFUSION_test.csv": table([{"key": f"ret{i}", "vid_key": f"msr{i}", "video_id": f"video{i}",
                                              "sentence": f'"a {a}, {i}"'} for i, a in enumerate(ACTIONS)], ",", "\n")},
-        lambda folder: data.read_msrvtt_retrieval(folder, "test"),
-        lambda path: [caption(row["video_id"], row["sentence"]) for row in rows_of(path)]),
+        lambda folder: data.read_examples("msrvtt_retrieval", folder, "test"),
+        lambda path: [caption(clip(row["video_id"]), row["sentence"]) for row in rows_of(path)]),
     "retrieval.jsonl": (
-        {"train.jsonl": lines(SAID)}, lambda folder: data.read_msrvtt_retrieval(folder, "train"),
+        {"train.jsonl": lines(SAID)}, lambda folder: data.read_examples("msrvtt_retrieval", folder, "train"),
         lambda path: [caption(row["clip_name"], row["caption"]) for row in rows_of(path)]),
     "didemo": (
         {"val_data.json": json.dumps([{"annotation_id": i, "video": f"{i % 3}.mov", "description": text, "times": [[0]]}
                                       for i, text in enumerate(TEXTS)])},
-        lambda folder: data.read_didemo(folder, "val"),
+        lambda folder: data.read_examples("didemo_retrieval", folder, "val"),
         lambda path: paragraph((row["video"], row.get("description") or "") for row in rows_of(path))),
     "activitynet": (
         {"val_1.json": json.dumps({f"v_{i}": {"duration": 3.5, "timestamps": [[0, 3]], "sentences": [text, " And so."]}
                                    for i, text in enumerate(TEXTS)})},
-        lambda folder: data.read_activitynet(folder, "test"),
-        lambda path: paragraph((video, text) for video, row in rows_of(path).items() for text in row["sentences"])),
+        lambda folder: data.read_examples("activitynet_retrieval", folder, "test"),
+        lambda path: paragraph((clip(video), text) for video, row in rows_of(path).items() for text in row["sentences"])),
     "activitynet.csv": (
         {"val_1.csv": table([{"video_id": f"v_{i % 3}", "caption": text, "start": i} for i, text in enumerate(ACTIONS)],
                             ",", "\n")},
-        lambda folder: data.read_activitynet(folder, "val"),
-        lambda path: paragraph((row["video_id"], row["caption"]) for row in rows_of(path))),
+        lambda folder: data.read_examples("activitynet_retrieval", folder, "val"),
+        lambda path: paragraph((clip(row["video_id"]), row["caption"]) for row in rows_of(path))),
     "coco_captions": (
         {"captions_train2017.json": json.dumps({
             "images": [{"id": i, "file_name": f"{i:012d}.jpg", "height": 480} for i in range(3)],

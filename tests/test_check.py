@@ -129,7 +129,7 @@ def test_test_split_of_the_toy_photos_shows_its_own_photos(tmp_path):
     """VQA's questions name a photo by its number alone: no number may stand for two."""
     data.write_toy_vqa(tmp_path, train=3, test=2)
     for split, place in (("train", "train2014"), ("test", "val2014")):
-        assert {data.find_media(tmp_path, e.video).parent.name for e in data.read_vqa(tmp_path, split)} == {place}
+        assert {data.find_media(tmp_path, e.video).parent.name for e in data.read_examples("vqa", tmp_path, split)} == {place}
 
 
 def test_layouts_are_those_of_the_scripts():

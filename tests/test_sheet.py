@@ -37,7 +37,7 @@ def seen(toy):
     args = finetune.parse_arguments(["--task", "tgif_qa", "--eval", str(toy.parent / "run" / "best.pt"), "--data",
                                      str(toy), "--agg", "lse"])  # fmt: skip
     run, model = finetune.load_for_use(args)
-    example = data.read_tgif_qa(toy, "action", "test")[0]
+    example = data.read_examples("tgif_qa_action", toy, "test")[0]
     example = example._replace(options=("jump", "a very long thing that it does", "spin"))  # uneven: there is padding
     batch = next(iter(run.loader([example], 3, False, [[(0, 0)]])))
     return run, model, batch, finetune.look(run, model, batch)
@@ -121,7 +121,7 @@ def test_training_leaves_right_and_wrong_examples(toy, monkeypatch):
     args = finetune.parse_arguments(["--task", "tgif_qa", "--eval", str(toy.parent / "run" / "best.pt"), "--data",
                                      str(toy)])  # fmt: skip
     run, model = finetune.load_for_use(args)
-    examples, columns = data.read_tgif_qa(toy, "action", "test"), []
+    examples, columns = data.read_examples("tgif_qa_action", toy, "test"), []
     (toy / "gifs" / f"{examples[3].video}.gif").write_bytes(b"")  # unreadable: black, and said
     rows = [{"clips": 2, "accuracy": right, "prediction": word} for right, word in
             ((True, "jump"), (False, "spin"), (True, "grow"), (False, None))]  # fmt: skip
