@@ -887,33 +887,35 @@ def check_cached(folder, examples, size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Annotation files to examples. `LAYOUTS`, at the end, is a table: a row says which files a task has, what their columns
-# are called and what is asked. All go one way:
+# Annotation files to examples. `LAYOUTS`, at the end, is a table: a row says which files a task
+# has, which of their columns is the text, and what is asked. All layouts go one way:
 #
 #     folder -> find_files -> read_rows: a dict per question or caption -> make_examples -> Example
 #
-# A label is exact or the run stops: `complain` turns whatever goes wrong into one DataError, `file:line: what`.
+# A label is exact or the run stops: an answer that was guessed, or that slipped by a row, would
+# train and test well enough to go unnoticed. `complain` is the one place where whatever goes wrong
+# becomes a DataError, `file:line: what`.
 
 OPTIONS = 5  # TGIF-QA action and transition, MSRVTT-MC: all five-way
 PEOPLE = 10  # who answered each question of VQA
-MAX_COUNT = 999  # TGIF-QA's counts go up to some 30
+MAX_COUNT = 999  # TGIF-QA counts to some 30; a larger number is an id in the wrong column
 MAX_TEXT = 20_000  # characters; far above any real field, far below what hurts
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2", ".mpg", ".mpeg",
           ".wmv", ".flv", ".mts")  # fmt: skip
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",  # where data sets keep media
-          "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")  # fmt: skip
+PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",
+          "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")  # of media
 
 
 # -------------------------------------------------- folders to files
 def find_files(folder, patterns, many=False):
-    """The annotation files of a folder or, if it has none, of a folder in it: `dataset/`, `annotations/`.
+    """The annotation files of a folder or, if it has none, of one in it: `dataset/`, `annotations/`.
 
-    The first pattern that fits any file counts. Without its stars, as the public name, it is tried before. "a|b" takes
-    what fits either. many: several files are welcome, instead of a reason to stop.
+    The first pattern that fits any file counts; without its stars, as the public name, it is tried
+    before. "a|b" takes what fits either. many: several files are welcome, no reason to stop.
     """
-    forms = patterns if many else [form for given in patterns for form in (given.replace("*", ""), given)]
+    forms = patterns if many else [f for given in patterns for f in (given.replace("*", ""), given)]
     for depth in ("[!.]*", "[!.]*/[!.]*"):  # [!.]: nothing hidden
         files = sorted(path for path in Path(folder).glob(depth) if path.suffix in TABLES)
         for pattern in forms:
@@ -927,7 +929,10 @@ def find_files(folder, patterns, many=False):
 
 
 class Place:
-    """Where reading stands: a file, and a line of it or an index in its JSON. Every complaint begins with it."""
+    """Where reading stands: a file, and a line of it or an index in its JSON.
+
+    The generators below keep it up to date, row by row, so every complaint can begin with it.
+    """
 
     def __init__(self, path):
         self.path, self.row = path, 1
@@ -938,27 +943,28 @@ class Place:
 
 @contextlib.contextmanager
 def complain(place):
-    """Whatever goes wrong in here becomes one line, which begins with the place that reading had come to."""
+    """Whatever goes wrong in here becomes one line, which begins with where reading had come to."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, csv.Error) as error:
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError, csv.Error) as error:
         raise DataError(f"{place}: {error}") from None
 
 
 # -------------------------------------------------- files to rows
 def read_rows(place, path):
-    """Yield the rows of an annotation file as dicts, each complete in itself; `place` goes with them."""
+    """Yield the rows of an annotation file as dicts, each complete in itself; `place` goes along."""
     place.path, place.row = path, 1
     if path.suffix == ".json":
-        yield from json_rows(read_json(path), place)
+        yield from json_rows(place, read_json(path))
         return
-    # Bytes: text would also be cut at U+2028, which stands inside some captions. CRLF and LF mix in TGIF-QA.
+    # Lines of bytes: text would also be cut at U+2028, which stands inside some captions. CRLF and
+    # LF mix in TGIF-QA's tables, and some editors put a byte order mark first.
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").splitlines() or [b""]
     if path.suffix == ".jsonl":
         for place.row, line in enumerate(lines, 1):
             yield json.loads(line.decode())
         return
-    # A table. A row is a line, so no quote can swallow the rows that follow and shift their labels.
+    # A table. One line is one row, so that no stray quote swallows the rows that follow it.
     tabs = b"\t" in lines[0]
     header = [name.strip() for name in split_line(lines[0], tabs)]
     if len(set(header)) < len(header):  # a dict would quietly keep the last of two
@@ -971,31 +977,36 @@ def read_rows(place, path):
 
 
 def split_line(line, tabs):
-    """Between TABs a quote is plain text; between commas it may hold commas, and must end in its line."""
-    return line.decode().split("\t") if tabs else next(csv.reader([line.decode()], strict=True))
+    """Between TABs a quote is plain text; between commas it may hold commas, and ends in its line."""
+    text = line.decode()
+    return text.split("\t") if tabs else next(csv.reader([text], strict=True))
 
 
 def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8-sig"))  # sig: with or without a byte order mark
+    return json.loads(path.read_text(encoding="utf-8-sig"))  # sig: a byte order mark may come first
 
 
-def json_rows(content, place):
-    """The rows of a public JSON file, which its keys give away. What is nested, or split over two lists, is joined."""
+def json_rows(place, content):
+    """The rows of a public JSON file, whose keys give its layout away.
+
+    What is nested, or split over two lists, is put together: then one row is one question or
+    caption here, too, and nothing that follows needs to know the layout.
+    """
     if isinstance(content, list):  # MSRVTT-QA, DiDeMo, one's own; with regions, Visual Genome
-        for row in listed(content, place):
-            for region in listed(row["regions"], place, f"{place.row}.regions") if "regions" in row else ():
-                yield {"vg_id": column({**row, **region}, "image_id", "id"), **region}
-            if "regions" not in row:
-                yield row
+        for row in listed(place, content):
+            yield from region_rows(place, row) if "regions" in row else [row]
     elif "images" in content:  # COCO: a photo has several captions
-        yield from joined(content, "annotations", "image_id", content, "images", "id", place)
+        images = index_by(place, content, "images", "id")
+        yield from joined(place, content, "annotations", "image_id", images)
     elif "videos" in content:  # MSRVTT: so has a video
-        yield from joined(content, "sentences", "video_id", content, "videos", "video_id", place)
-    elif "annotations" in content:  # VQA: the questions stand in another file, with OpenEnded_ in its name
+        videos = index_by(place, content, "videos", "video_id")
+        yield from joined(place, content, "sentences", "video_id", videos)
+    elif "annotations" in content:  # VQA: the questions stand in v2_OpenEnded_..._questions.json
+        answers = index_by(place, content, "annotations", "question_id")
         name = place.path.stem.removeprefix("v2_").replace("annotations", "questions")
-        path, = find_files(place.path.parent, [f"*{name}*.json"])
-        yield from joined(read_json(path), "questions", "question_id", content, "annotations", "question_id", place,
-                          path)  # fmt: skip
+        place.path, = find_files(place.path.parent, [f"*{name}*.json"])
+        asked = read_json(place.path)
+        yield from joined(place, asked, "questions", "question_id", answers, once=True)
     else:  # ActivityNet: {video: {sentences}}
         for video, about in content.items():
             place.row = repr(video[:80])
@@ -1003,57 +1014,69 @@ def json_rows(content, place):
                 yield {"video_id": video, "caption": sentence}
 
 
-def listed(values, place, label=""):
-    """The objects of a JSON list; their places read label[i]."""
-    if not isinstance(values, list):
+def region_rows(place, image):
+    """Visual Genome: {id, regions: [{region_id, image_id, phrase}]}, a caption a region."""
+    for region in listed(place, image["regions"], f"{place.row}.regions"):
+        yield {"vg_id": column({**image, **region}, "image_id", "id"), **region}
+
+
+def listed(place, values, label=""):
+    """The entries of a JSON list; their places read label[i]."""
+    if not isinstance(values, list):  # text, too, could be walked through: letter by letter
         raise TypeError(f"{label or 'the file'} should be a list, is {type(values).__name__}")
     for i, row in enumerate(values):
         place.row = f"{label}[{i}]"
         yield row
 
 
-def joined(content, label, key, others, others_label, others_key, place, path=None):
-    """Each row of one list, completed by that row of another to which its key points.
-
-    path: the lists stand in two files, this one and the other, and every row has one partner.
-    """
+def index_by(place, content, label, key):
+    """{id: row} of a list, each id once: of two rows one would be the wrong one."""
     found = {}
-    for row in listed(column(others, others_label), place, others_label):
-        if found.setdefault(name := name_of(row, others_key), row) is not row:  # which one is meant?
-            raise ValueError(f"{others_key} {name[:80]!r} is there twice")
-    place.path = path or place.path
-    for row in listed(column(content, label), place, label):
+    for row in listed(place, column(content, label), label):
+        if found.setdefault(name := name_of(row, key), row) is not row:
+            raise ValueError(f"{key} {name[:80]!r} is there twice")
+    return found
+
+
+def joined(place, content, label, key, others, once=False):
+    """Each row of a list, completed by that one of `others` to which its key points.
+
+    once: they belong together two by two, and none may be left over.
+    """
+    for row in listed(place, column(content, label), label):
         name = name_of(row, key)
-        other = found.pop(name, None) if path else found.get(name)
+        other = others.pop(name, None) if once else others.get(name)
+        # What both tell, VQA's image, has to agree. But each kind of row counts its own "id".
         if other is None or any(row[k] != other[k] for k in row.keys() & other.keys() - {"id"}):
-            raise ValueError(f"{key} {name[:80]!r} is not among the {others_label}, or says otherwise there")
+            raise ValueError(f"{key} {name[:80]!r} has no match in the other list")
         yield {**other, **row}
-    if path and found:
-        raise ValueError(f"{len(found):,} of the {others_label} have no match here")
+    if once and others:
+        raise ValueError(f"{len(others):,} annotations have no question")
 
 
 def msrvtt_rows(place, listing):
-    """The sentences of those videos that MSRVTT_train.9k.csv lists; the json files beside it hold them."""
+    """The sentences of the videos in MSRVTT_train.9k.csv; the json files beside it hold them."""
     names, heard = {name_of(row, "video_id") for row in read_rows(place, listing)}, set()
-    for path in reversed(find_files(listing.parent, ["MSRVTT_data*.json", "*_videodatainfo*.json"], many=True)):
+    patterns = ["MSRVTT_data*.json", "*_videodatainfo*.json"]  # the second: train_val_ and test_
+    for path in reversed(find_files(listing.parent, patterns, many=True)):
         for row in read_rows(place, path):
             if (name := name_of(row, "video_id")) in names:
                 heard.add(name)
                 yield row
     if silent := sorted(names - heard):
-        print(f"note: {listing}: {len(silent):,} of its {len(names):,} videos have no caption in the json "
-              f"({', '.join(silent[:3])} …)", file=sys.stderr)  # fmt: skip
+        print(f"note: {listing}: {len(silent):,} of its {len(names):,} videos have no caption in "
+              f"the json ({', '.join(silent[:3])} …)", file=sys.stderr)  # fmt: skip
 
 
-# -------------------------------------------------- columns to values: exact, or an error that says what is wrong
+# -------------------------------------------------- columns to values: exact, or an error
 def column(row, *names, kind=object):
-    """The first of these columns that the row has: layouts differ in what they call the same thing."""
-    if not isinstance(row, dict):
+    """The first of these columns that the row has: layouts call the same thing by several names."""
+    if not isinstance(row, dict):  # JSON can put anything anywhere
         raise TypeError(f"expected {{key: value}}, found {type(row).__name__}")
     for name in names:
         if row.get(name) is not None:
             if not isinstance(row[name], kind):
-                raise TypeError(f"{name} should be a {kind.__name__}, is {type(row[name]).__name__}")
+                raise TypeError(f"{name} should be a {kind.__name__}, is {row[name]!r:.40}")
             return row[name]
     raise ValueError(f"{' or '.join(names)} is missing")
 
@@ -1079,18 +1102,19 @@ def name_of(row, *names):
 
 
 def whole(row, name, highest):
-    """A whole number from 0 on. int() would also take True, 3.7 and '1_0', and labels must be exact."""
-    value = column(row, name)
-    number = int(value) if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value) else value
+    """A whole number from 0 on. int() would also take True, 3.7 and '1_0': labels must be exact."""
+    value = number = column(row, name)
+    if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value):
+        number = int(value)
     if type(number) is not int or not 0 <= number <= highest:
-        raise ValueError(f"{name} should be a whole number from 0 to {highest}, is {repr(value)[:40]}")
+        raise ValueError(f"{name} should be a whole number from 0 to {highest}, is {value!r:.40}")
     return number
 
 
-# -------------------------------------------------- what is asked: a row to these fields of an Example
+# -------------------------------------------------- what is asked: a row to fields of an Example
 def choice(row):
-    """The index of one of five options: columns a1 .. a5 (TGIF-QA), or a list (`caption` in later MSRVTT-MC files)."""
-    if "a1" in row:
+    """The index of one of five options: columns a1 .. a5, or a list, `caption` in some MC files."""
+    if "a1" in row:  # TGIF-QA
         options = [column(row, f"a{i}") for i in range(1, OPTIONS + 1)]
     else:
         options = column(row, "options", "caption", kind=list)
@@ -1105,29 +1129,31 @@ def count(row):
 
 
 def open_answer(row):
-    """An answer in words. Its kind: FrameQA's type, in the public files a number; else the question's first word."""
+    """An answer in words. Its kind, for accuracies by kind: FrameQA's type, which the public files
+    give as a number; where there is none, the question's first word (who, what, how, ...)."""
     kind = name_of({"type": row["question"].split()[0].lower(), **row}, "answer_type", "type")
     kind = {"0": "object", "1": "number", "2": "color", "3": "location"}.get(kind, kind)
     return {"answer": clean(column(row, "answer"), "answer"), "kind": kind}
 
 
 def soft_answer(row):
-    """VQA: the soft score min(count / 3, 1) of each answer among ten people's, spelt as the evaluation spells it.
+    """VQA: the soft score min(count / 3, 1) of each answer among ten people's, in official spelling.
 
     The reference's jsonl brings the scores, in `labels`, and not what people said.
     """
     kind = clean(row.get("answer_type") or "", "answer_type", blank=True)
     if "labels" in row:
-        scores = {clean(answer, "an answer"): score for answer, score in column(row, "labels", kind=dict).items()}
-        if not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores.values()):
+        labels = column(row, "labels", kind=dict)
+        if not all(type(n) in (int, float) and 0 <= n <= 1 for n in labels.values()):
             raise ValueError("labels should be {answer: score from 0 to 1}")
-        return {"answer": scores, "kind": kind}
+        return {"answer": {clean(said, "an answer"): n for said, n in labels.items()}, "kind": kind}
     given = column(row, "answers", kind=list)
     if len(given) != PEOPLE:
-        raise ValueError(f"expected the answers of ten people, found {len(given)}")
-    # intern: most are "yes" or "no", and four million copies of them take space
+        raise ValueError(f"expected the answers of {PEOPLE} people, found {len(given)}")
+    # intern: most are "yes" or "no", and four million copies of them would take space
     people = tuple(sys.intern(clean(column(one, "answer"), "answer", blank=True)) for one in given)
-    scores = {answer: min(n / 3, 1) for answer, n in Counter(map(normalize_answer, people)).items() if answer}
+    counts = Counter(map(normalize_answer, people))
+    scores = {answer: min(n / 3, 1) for answer, n in counts.items() if answer}
     return {"answer": scores, "kind": kind, "people": people}
 
 
@@ -1244,19 +1270,19 @@ CAPTION, QUESTION = ("caption", "sentence", "description", "phrase"), ("question
 
 
 class Layout(NamedTuple):
-    """How a task's data lies on the disk; the rest of the task stands in finetune.TASKS, or in pretrain.py."""
+    """How a task's data lies on the disk; the rest of it stands in finetune.TASKS or pretrain.py."""
 
     files: tuple  # patterns for `find_files`, public names first; {split}: train, {Split}: Train
     toy: str  # which part of the toy data has this layout
     text_length: int  # Lt at most, [CLS] and [SEP] included
     text: tuple = CAPTION  # columns that may hold it; none: MSRVTT-MC asks nothing
-    asked: object = None  # row -> options, answer and kind of its Example; None: the text is a caption
-    top_answers: int | None = None  # open-ended: only the most frequent ones of training (None: all)
+    asked: object = None  # row -> options, answer, kind of its Example; None: the text is a caption
+    top_answers: int | None = None  # open-ended: only the most frequent of training (None: all)
     stills: bool = False  # are images, without motion, what belongs there?
     paragraphs: bool = False  # are all sentences about a video one text?
     one_caption: bool = False  # a test video has one: R@1 among 20 of them is another figure
     all_files: bool = False  # pretraining: captions come from all files that fit
-    instead: dict | None = None  # {split: whose files serve for it}, where the test's answers are secret
+    instead: dict | None = None  # {split: whose files serve for it}: some test answers are secret
     training: str | None = None  # the task whose training files serve for this one
 
     def read(self, folder, split):
@@ -1265,7 +1291,8 @@ class Layout(NamedTuple):
             return LAYOUTS[self.training].read(folder, split)
         media_index.cache_clear()  # files may have come or gone since the last reading
         names = (self.instead or {}).get(split, [split])
-        patterns = [form.format(split=name, Split=name.title()) for name in names for form in self.files]
+        patterns = [pattern.format(split=name, Split=name.title())
+                    for name in names for pattern in self.files]  # fmt: skip
         paths = find_files(folder, patterns, self.all_files)
         examples = [example for path in paths for example in read_file(self, folder, path, split)]
         if not examples and not (self.all_files and split != "train"):
@@ -1274,7 +1301,7 @@ class Layout(NamedTuple):
 
 
 def read_examples(task, folders, split):
-    """The examples of a split of a task, from one folder or several: one list, each with its media's path."""
+    """The examples of a task's split, from one folder or several, each with its media's path."""
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     layout = LAYOUTS[ALIASES.get(task, task)]
     return [example for folder in folders for example in layout.read(folder, split)]
@@ -1289,29 +1316,33 @@ def read_captions(folder, split="train", required=True):
 
 
 def read_file(layout, folder, path, split):
-    """The examples of one annotation file, with what stands beside it: VQA's questions, MSRVTT's captions."""
+    """The examples of one annotation file, and of what stands beside it (VQA's questions, ...)."""
     place, found, one = Place(path), {}, layout.one_caption and split == "test"
+    # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.
     find = functools.cache(lambda name: find_media(folder, name) or find_media(path.parent, name))
+    read = msrvtt_rows if path.match("MSRVTT_*.[79]k*.csv") else read_rows
     with complain(place):
-        for row in msrvtt_rows(place, path) if path.match("MSRVTT_*.[79]k*.csv") else read_rows(place, path):
+        for row in read(place, path):
             if layout.all_files and split not in splits_of(row, path):
                 continue
             for example in make_examples(row, layout, place, find):
+                # Examples stand under a key: those that share a video share one, or collide.
                 key = example.video if one or layout.paragraphs else len(found)
                 if key in found and one:
-                    raise ValueError(f"a second caption of {key[:80]!r}; in testing a video has one")
+                    raise ValueError(f"a second caption of {key[:80]!r}; in testing it has one")
                 if key in found:
                     text = clean(f"{found[key].text} {example.text}", "the paragraph", blank=True)
                     example = example._replace(text=text)
                 found[key] = example
     examples = [example for example in found.values() if example.text or example.options]
-    if blank := len(found) - len(examples):  # of millions of captions: no reason to stop
-        print(f"note: {path}: left out {blank:,} of {len(found):,} captions, which are blank", file=sys.stderr)
+    if blank := len(found) - len(examples):  # one caption in millions: no reason to stop
+        print(f"note: {path}: left out {blank:,} of {len(found):,} captions, which are blank",
+              file=sys.stderr)  # fmt: skip
     return examples
 
 
 def splits_of(row, path):
-    """The split of a caption: as its row says (MSRVTT's json), else as its file's name does, else training."""
+    """The split of a caption: what its row says (in MSRVTT's json), else its file's name, else train."""
     if "split" in row:
         return ["val"] if row["split"] == "validate" else [row["split"]]
     return re.findall("train|val|test", path.stem.lower()) or ["train"]
@@ -1330,43 +1361,54 @@ def make_examples(row, layout, place, find):
     video = MEDIA[named].format(video) if video.isdigit() else video
     path = find(video)
     name = str(place.row) if row.keys().isdisjoint(IDS) else name_of(row, *IDS)
+    if layout.all_files:  # ids repeat from one file to the next
+        name = f"{place.path.stem}/{name}"
+    name = video if layout.paragraphs else name
     for text in said if layout.all_files and isinstance(said, list) else [said]:
+        # A blank caption is left out later, and counted; a blank question is an error.
         text = clean(text, " or ".join(layout.text), blank=not (layout.asked and layout.text))
-        rest = layout.asked(row) if layout.asked else {}
-        yield Example(video if layout.paragraphs else name, video, text, path=path and str(path), **rest)
+        asked = layout.asked(row) if layout.asked else {}
+        yield Example(name, video, text, path=path and str(path), **asked)
 
 
 # -------------------------------------------------- the table: tasks to layouts
 OWN = ("{split}.csv", "{split}.tsv", "*{split}*.jsonl")  # one's own files, or the reference's
 LAYOUTS = {
+    # Text lengths and answer counts are the reference's: its configs keep 3,129 answers of VQA (those
+    # given nine times or more) and 1,500 of MSRVTT-QA.
     **{f"tgif_qa_{kind}": Layout(
-        (f"{{Split}}_{kind}_question*.csv", f"*{kind}*{{split}}*.jsonl", f"*{{split}}*{kind}*.jsonl",
-         f"{kind}/*{{split}}*.jsonl"), "tgif_qa", 25, QUESTION, asked)
-       for kind, asked in {"action": choice, "transition": choice, "frameqa": open_answer, "count": count}.items()},
-    # 1k-A: train on the 9k (or 7k) listed videos, 20 captions each; test on 1,000 videos with ONE caption each. The
-    # json's own `test` split (2,990 videos, 20 captions each) is another protocol: its R@1 does not compare.
+        (f"{{Split}}_{kind}_question*.csv", f"*{kind}*{{split}}*.jsonl",
+         f"*{{split}}*{kind}*.jsonl", f"{kind}/*{{split}}*.jsonl"), "tgif_qa", 25, QUESTION, asked)
+       for kind, asked in (("action", choice), ("transition", choice), ("frameqa", open_answer),
+                           ("count", count))},
+    # 1k-A: train on the 9k (or 7k) listed videos, 20 captions each; test on 1,000 videos with ONE
+    # caption each. The json's own `test` split (2,990 videos, 20 captions each) is another protocol:
+    # its R@1 does not compare.
     "msrvtt_retrieval": Layout(
-        ("MSRVTT_JSFUSION_{split}*.csv", "MSRVTT_{split}.9k*.csv", "MSRVTT_{split}.7k*.csv", "*ret*{split}*.jsonl",
-         *OWN), "msrvtt", 20, one_caption=True),
+        ("MSRVTT_JSFUSION_{split}*.csv", "MSRVTT_{split}.9k*.csv", "MSRVTT_{split}.7k*.csv",
+         "*ret*{split}*.jsonl", *OWN), "msrvtt", 20, one_caption=True),
     "didemo_retrieval": Layout(("{split}_data*.json", *OWN), "msrvtt", 100, paragraphs=True),
     "activitynet_retrieval": Layout(
         ("{split}.*json", "{split}*.csv", *OWN), "msrvtt", 100, paragraphs=True,
         instead={"val": ("val_1", "val1", "val"), "test": ("val_1", "val1", "test", "val")}),
     "msrvtt_qa": Layout(
-        ("{split}_qa*.json", "*qa*{split}*.jsonl", *OWN), "msrvtt", 100, QUESTION, open_answer, top_answers=1500),
-    # Which of five captions belongs to the video? No question, no training: a retrieval model scores them.
+        ("{split}_qa*.json", "*qa*{split}*.jsonl", *OWN), "msrvtt", 100, QUESTION, open_answer,
+        top_answers=1500),
+    # Which of five captions belongs to the video? No training: a retrieval model scores them.
     "msrvtt_mc": Layout(
         ("*mc*{split}*.jsonl", "*mc*{split}*.json", "*{split}*.jsonl"), "msrvtt", 20, (), choice,
         training="msrvtt_retrieval"),
     "vqa": Layout(
-        ("*{split}*annotations*.json", "*annotations*{split}*.json", "*{split}*.jsonl"), "vqa", 20, QUESTION,
-        soft_answer, top_answers=3129, stills=True, instead={"test": ("test", "val")}),
+        ("*{split}*annotations*.json", "*annotations*{split}*.json", "*{split}*.jsonl"), "vqa", 20,
+        QUESTION, soft_answer, top_answers=3129, stills=True, instead={"test": ("test", "val")}),
+    # COCO, MSRVTT and Visual Genome by their public names; where there are none, all tables.
     "pretrain": Layout(
-        ("*captions_*.json|*caption_*.json|captions.json|MSRVTT_data*.json|*videodatainfo*.json|*region_desc*.json",
-         "*.csv|*.tsv|*.jsonl"), "coco_captions", 30, stills=True, all_files=True),
+        ("*caption[s_]*.json|MSRVTT_data*.json|*videodatainfo*.json|*region_descriptions*.json",
+         "*.csv|*.tsv|*.jsonl"),
+        "coco_captions", 30, stills=True, all_files=True),
 }  # fmt: skip
-# One's own questions are read as MSRVTT-QA's. Texts up to 100 tokens cost short ones nothing: a batch is as long as its
-# longest; and the 1,500 most frequent answers are all that most data sets of one's own have.
+# One's own questions are read, and cut, as MSRVTT-QA's. A limit of 100 tokens costs short ones
+# nothing, as a batch is only as long as its longest text.
 LAYOUTS["qa"] = LAYOUTS["msrvtt_qa"]
 ALIASES = {"tgif_qa": "tgif_qa_action"}
 

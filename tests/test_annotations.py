@@ -94,7 +94,7 @@ def test_msrvtt_1ka_test_has_one_caption_per_video(tmp_path):
     assert data.read_examples("msrvtt_retrieval", tmp_path, "test")[0] == data.Example("ret0", "video1", "a dog, running")
     write(tmp_path, "MSRVTT_JSFUSION_test.csv", "\n".join([*rows, "ret2,msr1,video1,again"]))
     assert error(reader("msrvtt_retrieval"), tmp_path, "test").endswith(
-        "_test.csv:4: a second caption of 'video1'; in testing a video has one")
+        "_test.csv:4: a second caption of 'video1'; in testing it has one")
     write(tmp_path, "MSRVTT_JSFUSION_test.csv", "\n".join([*rows, 'ret2,msr3,video3,"an open quote', "ret3,m,v,n"]))
     assert "_test.csv:" in error(reader("msrvtt_retrieval"), tmp_path, "test")
 
@@ -184,12 +184,12 @@ def test_captions_for_pretraining(tmp_path, capsys):
     write(tmp_path, "captions_train2014.json", coco)
     write(tmp_path, "region_descriptions.json",
           [{"id": 4, "regions": [{"region_id": 5, "image_id": 4, "phrase": "sky"}]}])
-    assert data.read_captions(tmp_path) == [data.Example("5", "000000000001.jpg", "a dog"),
-                                            data.Example("5", "4.jpg", "sky")]
+    assert data.read_captions(tmp_path) == [data.Example("captions_train2014/5", "000000000001.jpg", "a dog"),
+                                            data.Example("region_descriptions/5", "4.jpg", "sky")]
     assert "captions_train2014.json: left out 1 of 2 captions" in capsys.readouterr().err
     coco["annotations"][0]["image_id"] = 2
     write(tmp_path, "captions_train2014.json", coco)
-    assert "annotations[0]: image_id '2' is not among the images" in error(data.read_captions, tmp_path)
+    assert "annotations[0]: image_id '2' has no match in the other list" in error(data.read_captions, tmp_path)
 
 
 def test_captions_of_ones_own(tmp_path):
@@ -278,9 +278,9 @@ def test_an_answer_that_is_no_index_is_never_guessed(tmp_path, answer):
 
 def test_vqa_files_that_do_not_match(tmp_path):
     vqa(tmp_path, ["yes"] * 9)
-    assert "questions[0]: expected the answers of ten people, found 9" in error(reader("vqa"), tmp_path, "train")
+    assert "questions[0]: expected the answers of 10 people, found 9" in error(reader("vqa"), tmp_path, "train")
     write(tmp_path, "v2_mscoco_train2014_annotations.json", {"annotations": []})
-    assert "questions[0]: question_id '90' is not among the annotations" in error(reader("vqa"), tmp_path, "train")
+    assert "questions[0]: question_id '90' has no match in the other list" in error(reader("vqa"), tmp_path, "train")
     write(tmp_path, "v2_mscoco_train2014_annotations.json", {"annotations": {}})
     assert "annotations should be a list, is dict" in error(reader("vqa"), tmp_path, "train")
 
@@ -288,7 +288,7 @@ def test_vqa_files_that_do_not_match(tmp_path):
 def test_missing_and_ambiguous_files(tmp_path):
     message = error(reader("tgif_qa"), tmp_path / "nowhere", "train")
     assert "nowhere: no annotation file; looked for Train_action_question*.csv" in message
-    assert "no annotation file; looked for *captions_*.json" in error(data.read_captions, tmp_path, "val")
+    assert "no annotation file; looked for *caption[s_]*.json" in error(data.read_captions, tmp_path, "val")
     write(tmp_path, "train_data.a.json", [])
     write(tmp_path, "train_data.b.json", [])
     assert "train_data.a.json and train_data.b.json all fit" in error(reader("didemo_retrieval"), tmp_path, "train")
