@@ -1374,8 +1374,7 @@ def make_examples(row, layout, place, find):
 # -------------------------------------------------- the table: tasks to layouts
 OWN = ("{split}.csv", "{split}.tsv", "*{split}*.jsonl")  # one's own files, or the reference's
 LAYOUTS = {
-    # Text lengths and answer counts are the reference's: its configs keep 3,129 answers of VQA (those
-    # given nine times or more) and 1,500 of MSRVTT-QA.
+    # Answer counts are the reference's: 3,129 for VQA, 1,500 for MSRVTT-QA.
     **{f"tgif_qa_{kind}": Layout(
         (f"{{Split}}_{kind}_question*.csv", f"*{kind}*{{split}}*.jsonl",
          f"*{{split}}*{kind}*.jsonl", f"{kind}/*{{split}}*.jsonl"), "tgif_qa", 25, QUESTION, asked)
