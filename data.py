@@ -10,7 +10,7 @@ The first part is the paper's, and all that most readers need:
 The second part knows files:
 
     videos, images    ->  frames, also from a cache                      `probe`, `read_frames`, `write_cache`
-    annotation files  ->  Example(video, text, options, answer)          `read_tgif_qa` and its like; `LAYOUTS`
+    annotation files  ->  Example(video, text, options, answer)          `read_examples`; `LAYOUTS`
     nothing           ->  the toy data, in the same layouts              `toy_data`
     clips, attention  ->  pictures of what the model sees                `draw_sheet`, `contact_sheet`
     a data set        ->  what is wrong with it                          `check`
@@ -821,277 +821,274 @@ def check_cached(examples, s):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Annotation files to examples: one reader per data set, all on the same few helpers. A malformed row ends in one
-# DataError, `file:line: what`, never in a guessed label. What a reader leaves out it counts on stderr.
+# Annotation files to examples. `LAYOUTS`, at the end, is a table: a row says which files a task
+# has, which of their columns is the text, and what is asked. All layouts go one way:
+#
+#     folder -> find_files -> read_rows: a dict per question or caption -> make_examples -> Example
+#
+# A label is exact or the run stops: an answer that was guessed, or that slipped by a row, would
+# train and test well enough to go unnoticed. `complain` is the one place where whatever goes wrong
+# becomes a DataError, `file:line: what`.
 
 OPTIONS = 5  # TGIF-QA action and transition, MSRVTT-MC: all five-way
+PEOPLE = 10  # who answered each question of VQA
+MAX_COUNT = 999  # TGIF-QA counts to some 30; a larger number is an id in the wrong column
 MAX_TEXT = 20_000  # characters; far above any real field, far below what hurts
-VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2", ".mpg", ".mpeg", ".wmv", ".flv",
-          ".mts")
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2", ".mpg", ".mpeg",
+          ".wmv", ".flv", ".mts")  # fmt: skip
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",  # where data sets keep media
-          "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")
+PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",
+          "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")  # of media
+
+
+# -------------------------------------------------- folders to files
+def find_files(folder, patterns, many=False):
+    """The annotation files of a folder or, if it has none, of one in it: `dataset/`, `annotations/`.
+
+    The first pattern that fits any file counts; without its stars, as the public name, it is tried
+    before. "a|b" takes what fits either. many: several files are welcome, no reason to stop.
+    """
+    forms = patterns if many else [f for given in patterns for f in (given.replace("*", ""), given)]
+    for depth in ("[!.]*", "[!.]*/[!.]*"):  # [!.]: nothing hidden
+        files = sorted(path for path in Path(folder).glob(depth) if path.suffix in TABLES)
+        for pattern in forms:
+            found = [path for path in files if any(map(path.match, pattern.split("|")))]
+            if len(found) > 1 and not many or len({path.parent for path in found}) > 1:
+                names = " and ".join(str(path.relative_to(folder)) for path in found[:4])
+                raise DataError(f"{folder}: {names} all fit {pattern}; keep one of them there")
+            if found:
+                return found
+    raise NoAnnotations(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
+
+
+class Place:
+    """Where reading stands: a file, and a line of it or an index in its JSON.
+
+    The generators below keep it up to date, row by row, so every complaint can begin with it.
+    """
+
+    def __init__(self, path):
+        self.path, self.row = path, 1
+
+    def __str__(self):
+        return f"{self.path}:{self.row}"
+
+
+@contextlib.contextmanager
+def complain(place):
+    """Whatever goes wrong in here becomes one line, which begins with where reading had come to."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError, csv.Error) as error:
+        raise DataError(f"{place}: {error}") from None
 
 
 # -------------------------------------------------- files to rows
-class Row:
-    """One row of a file that knows its place (a line, or an index in a JSON list), so that complaints can name it."""
-
-    def __init__(self, path, place, values):
-        self.path, self.place, self.values = path, place, values
-        if not isinstance(values, dict):
-            self.fail(f"expected {{key: value}}, found {type(values).__name__}")
-
-    def fail(self, what):
-        raise DataError(f"{self.path}:{self.place}: {what}")
-
-    def get(self, *names, default=None, kind=object):
-        """The first of these columns that is there: layouts differ in what they call the same thing."""
-        value = next((self.values[name] for name in names if self.values.get(name) is not None), default)
-        if value is None:
-            self.fail(f"{' or '.join(names)} is missing")
-        return value if isinstance(value, kind) else self.fail(f"{names[0]} cannot be {type(value).__name__}")
-
-    def clean(self, value, name, blank=False):
-        """`value` on one line, where it is text."""
-        if not isinstance(value, str):
-            self.fail(f"{name} should be text, is {type(value).__name__}")
-        if len(value) > MAX_TEXT:
-            self.fail(f"{name} has {len(value):,} characters, more than {MAX_TEXT:,}")
-        if re.search("[\0\ud800-\udfff]", value):  # JSON escapes can spell NUL and half a surrogate pair
-            self.fail(f"{name} holds characters that are not text")
-        return " ".join(value.split()) or ("" if blank else self.fail(f"{name} is blank"))
-
-    def text(self, *names, default=None):
-        """Text; with a default it may be absent or blank."""
-        return self.clean(self.get(*names, default=default), names[0], default is not None) or default
-
-    def name(self, *names, default=None):
-        """An id or a file name: text or a whole number."""
-        value = self.get(*names, default=default)
-        return str(value) if type(value) is int else self.clean(value, names[0])
-
-    def whole(self, *names, below):
-        """A whole number in [0, below). int() would also take True, 3.7, '1_0': labels must be exact."""
-        value = self.get(*names)
-        number = int(value) if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value) else value
-        if type(number) is not int or not 0 <= number < below:
-            shown = repr(value)[:40] if isinstance(value, (str, int, float)) else type(value).__name__
-            self.fail(f"{names[0]} should be a whole number from 0 to {below - 1}, is {shown}")
-        return number
-
-    def options(self):
-        """The five options: columns a1..a5 (TGIF-QA), or a list (the reference; `caption` in later MSRVTT-MC files)."""
-        if "a1" in self.values:
-            options = [self.get(f"a{i}") for i in range(1, OPTIONS + 1)]
-        else:
-            options = self.get("options", "caption", kind=list)
-        if len(options) != OPTIONS:
-            self.fail(f"expected {OPTIONS} options, found {len(options)}")
-        return tuple(self.clean(option, f"option {i}") for i, option in enumerate(options, 1))
+def read_rows(place, path):
+    """Yield the rows of an annotation file as dicts, each complete in itself; `place` goes along."""
+    place.path, place.row = path, 1
+    if path.suffix == ".json":
+        yield from json_rows(place, read_json(path))
+        return
+    # Lines of bytes: text would also be cut at U+2028, which stands inside some captions. CRLF and
+    # LF mix in TGIF-QA's tables, and some editors put a byte order mark first.
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").splitlines() or [b""]
+    if path.suffix == ".jsonl":
+        for place.row, line in enumerate(lines, 1):
+            yield json.loads(line.decode())
+        return
+    # A table. One line is one row, so that no stray quote swallows the rows that follow it.
+    tabs = b"\t" in lines[0]
+    header = [name.strip() for name in split_line(lines[0], tabs)]
+    if len(set(header)) < len(header):  # a dict would quietly keep the last of two
+        raise ValueError(f"two columns of one name; the header reads {' '.join(header)[:200]!r}")
+    for place.row, line in enumerate(lines[1:], 2):
+        fields = split_line(line, tabs)
+        if len(fields) != len(header):  # a blank line, too: it may be where a row was lost
+            raise ValueError(f"{len(fields)} columns where the header has {len(header)}")
+        yield dict(zip(header, fields, strict=True))
 
 
-def read_text(path):
-    """The file as text: UTF-8, with or without BOM."""
-    try:
-        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-        if (nul := data.find(b"\0")) >= 0:
-            raise UnicodeDecodeError("utf-8", data, nul, nul + 1, "")
-        return data.decode("utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
-        raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8 text; save the file as UTF-8") from None
-
-
-def parse_json(text, path, line=1):
-    """What the text says; line: where in the file it begins."""
-
-    def unique(pairs):  # json would quietly keep the last of two values
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError(f"a key stands twice in one object, which begins {next(iter(found))[:40]!r}")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{line + error.lineno - 1}: not JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, lists nested thousands deep
-        raise DataError(f"{path}:{line}: {str(error)[:120]}") from None
+def split_line(line, tabs):
+    """Between TABs a quote is plain text; between commas it may hold commas, and ends in its line."""
+    text = line.decode()
+    return text.split("\t") if tabs else next(csv.reader([text], strict=True))
 
 
 def read_json(path):
-    """A JSON file whose top level is an object."""
-    return Row(path, 1, parse_json(read_text(path), path))
+    return json.loads(path.read_text(encoding="utf-8-sig"))  # sig: a byte order mark may come first
 
 
-def list_rows(path, values, label=""):
-    """The objects of a JSON list as rows, whose places read label[i]."""
-    if not isinstance(values, list):
-        raise DataError(f"{path}:1: expected a list, found {type(values).__name__}")
-    return (Row(path, f"{label}[{i}]", value) for i, value in enumerate(values))
+def json_rows(place, content):
+    """The rows of a public JSON file, whose keys give its layout away.
 
-
-def read_table(path, *columns):
-    """Rows of a TAB- or comma-separated file with a header; CRLF and LF may mix, as they do in TGIF-QA."""
-    text = read_text(path).rstrip("\r\n")
-    style = {"delimiter": ","}
-    if "\t" in text.partition("\n")[0]:  # a quote is plain text here, not the start of a field that eats the next rows
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **style)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in columns if name not in header]
-        if missing or len(set(header)) < len(header):
-            what = f"no column {', '.join(missing)}" if missing else "two columns of one name"
-            raise csv.Error(f"{what}; the header reads {' '.join(header)[:200]!r}")
-        for fields in reader:
-            if len(fields) != len(header):
-                raise csv.Error(f"{len(fields)} columns where the header has {len(header)}")
-            if re.search("[\r\n]", "".join(fields)):
-                raise csv.Error("a quoted field runs over the end of its line")
-            yield Row(path, reader.line_num, dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{path}:{max(reader.line_num, 1)}: {error}") from None
-
-
-def read_rows(path, *columns):
-    """Rows of a .csv or .tsv, a .jsonl, or a .json that is one list."""
-    if path.suffix in (".csv", ".tsv"):
-        return read_table(path, *columns)
-    if path.suffix == ".json":
-        return list_rows(path, parse_json(read_text(path), path))
-    lines = read_text(path).rstrip().split("\n")  # splitlines() would also cut at U+2028 inside a caption
-    return (Row(path, i, parse_json(line, path, i)) for i, line in enumerate(lines, 1))
-
-
-def find_file(folder, *patterns, required=True):
-    """The file that fits the first pattern that fits any; without its stars a pattern is the public name."""
-    for given in patterns:
-        for pattern in (given.replace("*", ""), given):
-            found = sorted(path for path in Path(folder).glob(pattern) if path.is_file() and path.name[0] != ".")
-            if len(found) > 1:
-                names = " and ".join(path.name for path in found[:4])
-                raise DataError(f"{folder}: {names} all fit {pattern}; keep one there")
-            if found:
-                return found[0]
-    if required:
-        raise NoAnnotations(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
-
-
-def collect(source, pairs, one_per_video=False):
-    """(row, example) pairs to a list of at least one example; videos must not repeat, if so.
-
-    Repeated ids are only counted: where a file needs them to join its parts, `by_name` has refused them before.
+    What is nested, or split over two lists, is put together: then one row is one question or
+    caption here, too, and nothing that follows needs to know the layout.
     """
-    examples, ids, videos, repeated = [], set(), set(), []
-    for row, example in pairs:
-        if example.id in ids:
-            repeated.append(f"{row.path}:{row.place}: id {example.id[:80]!r}")
-        if one_per_video and example.video in videos:
-            row.fail(f"a second caption of {example.video[:80]!r}, where this split has one per video")
-        ids.add(example.id)
-        videos.add(example.video)
-        examples.append(example)
-    if not examples:
-        raise DataError(f"{source}: no examples in it")
-    if repeated:
-        print(f"note: {len(repeated):,} of {len(examples):,} ids were there before; the first is {repeated[0]}",
-              file=sys.stderr)  # fmt: skip
-    return examples
+    if isinstance(content, list):  # MSRVTT-QA, DiDeMo, one's own; with regions, Visual Genome
+        for row in listed(place, content):
+            yield from region_rows(place, row) if "regions" in row else [row]
+    elif "images" in content:  # COCO: a photo has several captions
+        images = index_by(place, content, "images", "id")
+        yield from joined(place, content, "annotations", "image_id", images)
+    elif "videos" in content:  # MSRVTT: so has a video
+        videos = index_by(place, content, "videos", "video_id")
+        yield from joined(place, content, "sentences", "video_id", videos)
+    elif "annotations" in content:  # VQA: the questions stand in v2_OpenEnded_..._questions.json
+        answers = index_by(place, content, "annotations", "question_id")
+        name = place.path.stem.removeprefix("v2_").replace("annotations", "questions")
+        place.path, = find_files(place.path.parent, [f"*{name}*.json"])
+        asked = read_json(place.path)
+        yield from joined(place, asked, "questions", "question_id", answers, once=True)
+    else:  # ActivityNet: {video: {sentences}}
+        for video, about in content.items():
+            place.row = repr(video[:80])
+            for sentence in column(about, "sentences", kind=list):
+                yield {"video_id": video, "caption": sentence}
 
 
-def by_name(rows, key):
-    """{row's name: row}, each name once."""
+def region_rows(place, image):
+    """Visual Genome: {id, regions: [{region_id, image_id, phrase}]}, a caption a region."""
+    for region in listed(place, image["regions"], f"{place.row}.regions"):
+        yield {"vg_id": column({**image, **region}, "image_id", "id"), **region}
+
+
+def listed(place, values, label=""):
+    """The entries of a JSON list; their places read label[i]."""
+    if not isinstance(values, list):  # text, too, could be walked through: letter by letter
+        raise TypeError(f"{label or 'the file'} should be a list, is {type(values).__name__}")
+    for i, row in enumerate(values):
+        place.row = f"{label}[{i}]"
+        yield row
+
+
+def index_by(place, content, label, key):
+    """{id: row} of a list, each id once: of two rows one would be the wrong one."""
     found = {}
-    for row in rows:
-        if found.setdefault(name := row.name(key), row) is not row:
-            row.fail(f"{key} {name[:80]!r} is there twice")
+    for row in listed(place, column(content, label), label):
+        if found.setdefault(name := name_of(row, key), row) is not row:
+            raise ValueError(f"{key} {name[:80]!r} is there twice")
     return found
 
 
-# -------------------------------------------------- question answering
-def read_tgif_qa(folder, kind, split):
-    """kind: action | transition | frameqa | count; split: train | test."""
-    path = find_file(folder, f"{split.title()}_{kind}_question*.csv",
-                     f"*{kind}*{split}*.jsonl", f"*{split}*{kind}*.jsonl", f"{kind}/*{split}*.jsonl")
-    return collect(path, ((row, tgif_example(row, kind)) for row in read_rows(path, "gif_name", "question", "answer")))
+def joined(place, content, label, key, others, once=False):
+    """Each row of a list, completed by that one of `others` to which its key points.
+
+    once: they belong together two by two, and none may be left over.
+    """
+    for row in listed(place, column(content, label), label):
+        name = name_of(row, key)
+        other = others.pop(name, None) if once else others.get(name)
+        # What both tell, VQA's image, has to agree. But each kind of row counts its own "id".
+        if other is None or any(row[k] != other[k] for k in row.keys() & other.keys() - {"id"}):
+            raise ValueError(f"{key} {name[:80]!r} has no match in the other list")
+        yield {**other, **row}
+    if once and others:
+        raise ValueError(f"{len(others):,} annotations have no question")
 
 
-def tgif_example(row, kind):
-    """A row of any of the four tasks; FrameQA has types of questions, as words or, in the public files, as numbers."""
-    example = Example(row.name("vid_id", default=row.place), row.name("gif_name"), row.text("question"))
-    if kind in ("action", "transition"):
-        return example._replace(options=row.options(), answer=row.whole("answer", below=OPTIONS))
-    if kind == "count":
-        return example._replace(answer=row.whole("answer", below=1000))
-    kind = row.name("type", "answer_type")
-    if kind.isdigit():
-        kind = ("object", "number", "color", "location")[row.whole("type", "answer_type", below=4)]
-    return example._replace(answer=row.text("answer"), kind=kind)
+def msrvtt_rows(place, listing):
+    """The sentences of the videos in MSRVTT_train.9k.csv; the json files beside it hold them."""
+    names, heard = {name_of(row, "video_id") for row in read_rows(place, listing)}, set()
+    patterns = ["MSRVTT_data*.json", "*_videodatainfo*.json"]  # the second: train_val_ and test_
+    for path in reversed(find_files(listing.parent, patterns, many=True)):
+        for row in read_rows(place, path):
+            if (name := name_of(row, "video_id")) in names:
+                heard.add(name)
+                yield row
+    if silent := sorted(names - heard):
+        print(f"note: {listing}: {len(silent):,} of its {len(names):,} videos have no caption in "
+              f"the json ({', '.join(silent[:3])} …)", file=sys.stderr)  # fmt: skip
 
 
-def read_msrvtt_qa(folder, split):
-    """{split}_qa.json as published (video_id is a number), or jsonl. kind: what | who | how | when | where."""
-    path, pairs = find_file(folder, f"{split}_qa*.json", f"*qa*{split}*.jsonl", f"*{split}*.jsonl"), []
-    for row in read_rows(path):
-        video, question = row.name("video_id", "clip_name"), row.text("question")
-        pairs.append((row, Example(row.name("id", default=row.place), f"video{video}" if video.isdigit() else video,
-                                   question, answer=row.text("answer"),
-                                   kind=row.text("answer_type", default=question.split()[0].lower()))))
-    return collect(path, pairs)
+# -------------------------------------------------- columns to values: exact, or an error
+def column(row, *names, kind=object):
+    """The first of these columns that the row has: layouts call the same thing by several names."""
+    if not isinstance(row, dict):  # JSON can put anything anywhere
+        raise TypeError(f"expected {{key: value}}, found {type(row).__name__}")
+    for name in names:
+        if row.get(name) is not None:
+            if not isinstance(row[name], kind):
+                raise TypeError(f"{name} should be a {kind.__name__}, is {row[name]!r:.40}")
+            return row[name]
+    raise ValueError(f"{' or '.join(names)} is missing")
 
 
-def read_msrvtt_mc(folder, split="test"):
-    """Which of five captions belongs to the video? No question, no training: a retrieval model scores them."""
-    if split != "test":
-        return read_msrvtt_retrieval(folder, split)
-    path = find_file(folder, "*mc*test*.jsonl", "*mc*test*.json", "*test*.jsonl")
-    return collect(path, ((row, Example(row.name("id", default=row.place), row.name("clip_name", "video_id", "video"),
-                                        "", row.options(), row.whole("answer", below=OPTIONS)))
-                          for row in read_rows(path)))
+def clean(value, name, blank=False):
+    """Text on one line. blank: there may be none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} should be text, is {type(value).__name__}")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"{name} has {len(value):,} characters, more than {MAX_TEXT:,}")
+    if re.search("[\0\ud800-\udfff]", value):  # JSON can spell NUL and half a surrogate pair
+        raise ValueError(f"{name} holds characters that are not text")
+    line = " ".join(value.split())
+    if not (line or blank):
+        raise ValueError(f"{name} is blank")
+    return line
 
 
-def read_vqa(folder, split):
-    """Official questions + annotations, or jsonl with `labels`. The official test answers are secret: test is val."""
-    splits = ("test", "val") if split == "test" else (split,)
-    answers_path = find_file(folder, *(pattern for split in splits for pattern in (
-        f"*{split}*annotations*.json", f"*annotations*{split}*.json", f"*{split}*.jsonl")))
-    if answers_path.suffix == ".jsonl":
-        return collect(answers_path, ((row, vqa_labelled(row)) for row in read_rows(answers_path)))
-    split = next(split for split in splits if split in answers_path.name)
-    path = find_file(folder, f"*{split}*questions*.json", f"*questions*{split}*.json")
-    questions = by_name(list_rows(path, read_json(path).get("questions"), "questions"), "question_id")
-    answers = read_json(answers_path).get("annotations")
-    answers = by_name(list_rows(answers_path, answers, "annotations"), "question_id")
-    for name in sorted(questions.keys() ^ answers.keys()):
-        (questions.get(name) or answers[name]).fail(f"question_id {name[:80]} has no match in the other file")
-    return collect(path, ((row, vqa_example(row, answers[name])) for name, row in questions.items()))
+def name_of(row, *names):
+    """An id or the name of a file: text or a whole number."""
+    value = column(row, *names)
+    return str(value) if type(value) is int else clean(value, names[0])
 
 
-def vqa_example(row, given):
-    """Label: the soft score min(count / 3, 1) of each answer among the ten people's, spelt as the evaluation does."""
-    image = row.name("image_id")
-    if given.name("image_id", default=image) != image:
-        given.fail(f"image_id {given.name('image_id')[:80]} where the question has {image[:80]}")
-    said = list_rows(given.path, given.get("answers", kind=list), f"{given.place}.answers")
-    said = [sys.intern(answer.clean(answer.get("answer"), "answer", blank=True)) for answer in said]  # mostly "yes"
-    if len(said) != 10:
-        given.fail(f"expected the answers of ten people, found {len(said)}")
-    scores = {answer: min(n / 3, 1) for answer, n in Counter(map(normalize_answer, said)).items() if answer}
-    return Example(row.name("question_id"), coco_name(image), row.text("question"), answer=scores,
-                   kind=given.text("answer_type", default=""), people=tuple(said))
+def whole(row, name, highest):
+    """A whole number from 0 on. int() would also take True, 3.7 and '1_0': labels must be exact."""
+    value = number = column(row, name)
+    if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value):
+        number = int(value)
+    if type(number) is not int or not 0 <= number <= highest:
+        raise ValueError(f"{name} should be a whole number from 0 to {highest}, is {value!r:.40}")
+    return number
 
 
-def vqa_labelled(row):
-    """A jsonl row that brings its soft scores: {question, question_id, image_id, labels, answer_type}."""
-    labels = row.get("labels", kind=dict)
-    if not all(type(score) in (int, float) and 0 <= score <= 1 for score in labels.values()):
-        row.fail("labels should be {answer: score from 0 to 1}")
-    return Example(row.name("question_id", default=row.place), coco_name(row.name("image_id")), row.text("question"),
-                   answer={row.clean(answer, "an answer"): score for answer, score in labels.items()},
-                   kind=row.text("answer_type", default=""))
+# -------------------------------------------------- what is asked: a row to fields of an Example
+def choice(row):
+    """The index of one of five options: columns a1 .. a5, or a list, `caption` in some MC files."""
+    if "a1" in row:  # TGIF-QA
+        options = [column(row, f"a{i}") for i in range(1, OPTIONS + 1)]
+    else:
+        options = column(row, "options", "caption", kind=list)
+    if len(options) != OPTIONS:
+        raise ValueError(f"expected {OPTIONS} options, found {len(options)}")
+    options = tuple(clean(option, f"option {i}") for i, option in enumerate(options, 1))
+    return {"options": options, "answer": whole(row, "answer", OPTIONS - 1)}
+
+
+def count(row):
+    return {"answer": whole(row, "answer", MAX_COUNT)}
+
+
+def open_answer(row):
+    """An answer in words. Its kind, for accuracies by kind: FrameQA's type, which the public files
+    give as a number; where there is none, the question's first word (who, what, how, ...)."""
+    kind = name_of({"type": row["question"].split()[0].lower(), **row}, "answer_type", "type")
+    kind = {"0": "object", "1": "number", "2": "color", "3": "location"}.get(kind, kind)
+    return {"answer": clean(column(row, "answer"), "answer"), "kind": kind}
+
+
+def soft_answer(row):
+    """VQA: the soft score min(count / 3, 1) of each answer among ten people's, in official spelling.
+
+    The reference's jsonl brings the scores, in `labels`, and not what people said.
+    """
+    kind = clean(row.get("answer_type") or "", "answer_type", blank=True)
+    if "labels" in row:
+        labels = column(row, "labels", kind=dict)
+        if not all(type(n) in (int, float) and 0 <= n <= 1 for n in labels.values()):
+            raise ValueError("labels should be {answer: score from 0 to 1}")
+        return {"answer": {clean(said, "an answer"): n for said, n in labels.items()}, "kind": kind}
+    given = column(row, "answers", kind=list)
+    if len(given) != PEOPLE:
+        raise ValueError(f"expected the answers of {PEOPLE} people, found {len(given)}")
+    # intern: most are "yes" or "no", and four million copies of them would take space
+    people = tuple(sys.intern(clean(column(one, "answer"), "answer", blank=True)) for one in given)
+    counts = Counter(map(normalize_answer, people))
+    scores = {answer: min(n / 3, 1) for answer, n in counts.items() if answer}
+    return {"answer": scores, "kind": kind, "people": people}
 
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -1147,168 +1144,19 @@ def answer_list(examples, size):
 
 def read_answer_list(folder):
     """The answers of ans2label.json ({answer: label}, as the official checkpoints have it) by label, or None."""
-    path = find_file(folder, "*ans2label*.json", required=False)
-    labels = read_json(path).values if path else {}
-    if path and (not labels or {(type(i), i) for i in labels.values()} != {(int, i) for i in range(len(labels))}):
-        raise DataError(f"{path}:1: the labels of its {len(labels):,} answers should count up from 0, each used once")
-    return sorted(labels, key=labels.get) or None
-
-
-# -------------------------------------------------- retrieval and captions
-def read_pairs(path, one_per_video=True):
-    """The reference's retrieval jsonl: {caption, clip_name}."""
-    return collect(path, ((row, Example(row.name("id", default=row.place), row.name("clip_name"), row.text("caption")))
-                          for row in read_rows(path)), one_per_video)
-
-
-def msrvtt_sentences(data):
-    """(row, example, official split of its video) for every sentence of an MSRVTT json."""
-    videos = by_name(list_rows(data.path, data.get("videos"), "videos"), "video_id")
-    for row in list_rows(data.path, data.get("sentences"), "sentences"):
-        if (video := row.name("video_id")) not in videos:
-            row.fail(f"a caption of {video[:80]!r}, which is not among the videos")
-        yield row, Example(row.name("sen_id"), video, row.text("caption", default="")), videos[video].text("split")
-
-
-def read_msrvtt_retrieval(folder, split, train_list="9k"):
-    """1k-A: train on the 9k (or 7k) listed videos, 20 captions each; test on 1,000 videos with ONE caption each.
-
-    The json's own `test` split (2,990 videos, 20 captions each) is another protocol: its R@1 does not compare.
-    """
-    public = "MSRVTT_JSFUSION_test*.csv" if split == "test" else f"MSRVTT_{split}.{train_list}*.csv"
-    listing = find_file(folder, public, f"*ret*{split}*.jsonl", f"*{split}*.jsonl")
-    if listing.suffix == ".jsonl":
-        return read_pairs(listing, one_per_video=split == "test")
-    if split == "test":
-        rows = read_table(listing, "key", "video_id", "sentence")
-        return collect(listing, ((row, Example(row.name("key"), row.name("video_id"), row.text("sentence")))
-                                 for row in rows), one_per_video=True)
-    listed = by_name(read_table(listing, "video_id"), "video_id")
-    parts = ("train_val", "test") if train_list == "9k" else ("train_val",)  # 9k draws on the official test part too
-    whole = find_file(folder, "MSRVTT_data*.json", required=False)
-    paths = [whole] if whole else [find_file(folder, f"{part}_videodatainfo*.json") for part in parts]
-    sentences = (sentence for path in paths for sentence in msrvtt_sentences(read_json(path)))
-    pairs = [(row, example) for row, example, _ in sentences if example.video in listed]
-    if missing := sorted(listed.keys() - {example.video for _, example in pairs}):
-        print(f"note: {listing}: {len(missing):,} of its {len(listed):,} videos have no caption in the json "
-              f"({', '.join(missing[:3])} …)", file=sys.stderr)
-    return collect(listing, with_text(pairs))
-
-
-def with_text(pairs):
-    """The pairs that have a caption. A blank one in millions is no reason to stop, but it is counted."""
-    if blank := [row for row, example in pairs if not example.text]:
-        print(f"note: left out {len(blank):,} of {len(pairs):,} rows, which have no caption; the first is "
-              f"{blank[0].path}:{blank[0].place}", file=sys.stderr)
-    return [pair for pair in pairs if pair[1].text]
-
-
-def paragraphs(path, sentences):
-    """(row, video, sentence) triples to one example per video, sentences joined in the order of the file."""
-    joined = {}
-    for row, video, sentence in sentences:
-        joined.setdefault(video, (row, []))[1].append(sentence)
-    return collect(path, ((row, Example(video, video, row.clean(" ".join(said), "the paragraph")))
-                          for video, (row, said) in joined.items()))
-
-
-def read_didemo(folder, split):
-    """{split}_data.json, a row for each described moment; or jsonl of paragraphs."""
-    path = find_file(folder, f"{split}_data*.json", f"*{split}*.jsonl")
-    if path.suffix == ".jsonl":
-        return read_pairs(path)
-    rows = by_name(read_rows(path), "annotation_id").values()  # a repeated row would repeat its sentence
-    return paragraphs(path, ((row, row.name("video"), row.text("description", default="")) for row in rows))
-
-
-def read_activitynet(folder, split):
-    """{train,val_1,val_2}.json, a table of sentences, or jsonl. The test captions are not public: test is val_1."""
-    names = ["val_1", "val1", "test", "val"] if split in ("val", "test") else [split]
-    path = find_file(folder, f"{names[0]}.*json", f"{names[0]}*.csv", *(f"*{name}*.jsonl" for name in names))
-    if path.suffix == ".jsonl":
-        return read_pairs(path)
-    if path.suffix == ".csv":
-        rows = read_table(path, "video_id", "caption")
-        return paragraphs(path, ((row, row.name("video_id"), row.text("caption", default="")) for row in rows))
-    rows = [(Row(path, repr(video[:80]), value), video) for video, value in read_json(path).values.items()]
-    return paragraphs(path, ((row, row.clean(video, "the video"), row.clean(sentence, "a sentence", blank=True))
-                             for row, video in rows for sentence in row.get("sentences", kind=list)))
-
-
-def caption_files(folder, split, required=True):
-    """All public caption files of the split; where there are none, any table or jsonl that names no other split."""
-    patterns = [f"*captions_{split}*.json", f"*caption_{split}*.json", "MSRVTT_data*.json",
-                f"*{split}*videodatainfo*.json"]
-    if split == "train":
-        patterns += ["captions.json", "*region_descriptions*.json"]
-    files = [path for path in sorted(Path(folder).glob("*")) if path.name[0] != "."]
-    tables = [path for path in files if path.suffix in (".jsonl", ".csv", ".tsv")]
-    tables = [path for path in tables if split in (re.findall("train|val|test", path.stem.lower()) or ["train"])]
-    found = [path for path in files if any(path.match(pattern) for pattern in patterns)] or tables
-    if not found and required:
-        raise DataError(f"{folder}: no {split} captions; looked for {', '.join(patterns)}, any .jsonl, .csv, .tsv")
-    return found
-
-
-def read_captions(folder, split="train", required=True):
-    """Captioned images or videos for pretraining, from every caption file there. Blank captions are left out.
-
-    required: whether it is an error that there are none (validation captions can be held out from training's).
-    """
-    pairs = [(row, example._replace(id=f"{path.stem}/{example.id}"))  # ids repeat from one data set to the next
-             for path in caption_files(folder, split, required) for row, example in caption_pairs(path, split)]
-    return collect(folder, with_text(pairs)) if pairs or required else []
-
-
-def caption_pairs(path, split):
-    """(row, example) of one caption file, whose keys give its layout away."""
-    if path.suffix != ".json":
-        return own_pairs(read_rows(path, "caption"))
-    data = parse_json(read_text(path), path)
-    if isinstance(data, list):
-        rows = list(list_rows(path, data))
-        return vg_pairs(rows) if rows and "regions" in rows[0].values else own_pairs(rows)
-    data = Row(path, 1, data)
-    if "sentences" in data.values:
-        return [(row, example) for row, example, part in msrvtt_sentences(data) if part in (split, f"{split}idate")]
-    return coco_pairs(data)
-
-
-def coco_pairs(data):
-    """COCO: {images: [{id, file_name}], annotations: [{id, image_id, caption}]}."""
-    images = by_name(list_rows(data.path, data.get("images"), "images"), "id")
-    for row in list_rows(data.path, data.get("annotations"), "annotations"):
-        if (image := row.name("image_id")) not in images:
-            row.fail(f"a caption of image {image[:80]}, which is not among the images")
-        yield row, Example(row.name("id"), images[image].name("file_name"), row.text("caption", default=""))
-
-
-def vg_pairs(rows):
-    """Visual Genome: [{id, regions: [{region_id, image_id, phrase}]}], a caption a region."""
-    for image in rows:
-        for row in list_rows(image.path, image.get("regions", kind=list), f"{image.place}.regions"):
-            name = row.name("image_id", default=None if "image_id" in row.values else image.name("id", "image_id"))
-            yield row, Example(row.name("region_id"), f"{name}.jpg", row.text("phrase", default=""))
-
-
-def own_pairs(rows):
-    """Rows of path and caption (or a list of captions), or the reference's {caption, coco_id | vg_id}."""
-    for row in rows:
-        video = row.name("path", "video", "image", "clip_name", "video_id", "coco_id", "vg_id")
-        if "coco_id" in row.values or "vg_id" in row.values:
-            video = coco_name(video) if "coco_id" in row.values else f"{video.removesuffix('.jpg')}.jpg"
-        captions = row.get("caption", default="", kind=(str, list))
-        for i, caption in enumerate([captions] if isinstance(captions, str) else captions):
-            yield row, Example(f"{row.place}/{i}", video, row.clean(caption, "caption", blank=True))
+    try:
+        path, = find_files(folder, ["*ans2label*.json"])
+    except NoAnnotations:
+        return None
+    with complain(Place(path)):
+        labels = read_json(path)
+        if not labels or {(type(i), i) for i in labels.values()} != {(int, i) for i in range(len(labels))}:
+            raise ValueError(f"the labels of its {len(labels):,} answers should count up from 0, each used once")
+    return sorted(labels, key=labels.get)
 
 
 # -------------------------------------------------- names to files
 COCO_PREFIX = r"^COCO_\w+_(?=\d{12}$)"  # in the photos' names of 2014, gone in 2017
-
-
-def coco_name(image):
-    """458752 -> 000000458752, the name of the photo up to its prefix COCO_train2014_."""
-    return image.zfill(12) if image.isdigit() else image
 
 
 @functools.lru_cache(maxsize=64)  # each directory is listed once: 165,000 names cost a dict look-up each
@@ -1347,36 +1195,155 @@ def find_media(folder, name, suffixes=VIDEOS + IMAGES):
     return path and Path(path)
 
 
-# -------------------------------------------------- tasks to readers
+# -------------------------------------------------- rows to examples
+# What the layouts call the name of the video or image, and what a bare number there stands for.
+MEDIA = dict.fromkeys(("path", "gif_name", "clip_name", "video", "image", "file_name"), "{}")
+MEDIA |= {"video_id": "video{}", "vg_id": "{}.jpg", "image_id": "{:0>12}", "coco_id": "{:0>12}"}
+IDS = ("vid_id", "question_id", "sen_id", "region_id", "key", "id")
+CAPTION, QUESTION = ("caption", "sentence", "description", "phrase"), ("question",)
+
+
 class Layout(NamedTuple):
-    """How a task's data is read; the rest of a task stands in finetune.TASKS, and pretraining's in pretrain.py."""
+    """How a task's data lies on the disk; the rest of it stands in finetune.TASKS or pretrain.py."""
 
-    read: object  # (folder, split) -> examples
-    toy: str  # which part of the toy data has its layout
+    files: tuple  # patterns for `find_files`, public names first; {split}: train, {Split}: Train
+    toy: str  # which part of the toy data has this layout
     text_length: int  # Lt at most, [CLS] and [SEP] included
-    top_answers: int | None = None  # open-ended: only so many answers, the most frequent ones of training (None: all)
+    text: tuple = CAPTION  # columns that may hold it; none: MSRVTT-MC asks nothing
+    asked: object = None  # row -> options, answer, kind of its Example; None: the text is a caption
+    top_answers: int | None = None  # open-ended: only the most frequent of training (None: all)
     stills: bool = False  # are images, without motion, what belongs there?
+    paragraphs: bool = False  # are all sentences about a video one text?
+    one_caption: bool = False  # a test video has one: R@1 among 20 of them is another figure
+    all_files: bool = False  # pretraining: captions come from all files that fit
+    instead: dict | None = None  # {split: whose files serve for it}: some test answers are secret
+    training: str | None = None  # the task whose training files serve for this one
 
-
-LAYOUTS = {
-    **{f"tgif_qa_{kind}": Layout(functools.partial(read_tgif_qa, kind=kind), "tgif_qa", 25)
-       for kind in ("action", "transition", "frameqa", "count")},
-    "msrvtt_retrieval": Layout(read_msrvtt_retrieval, "msrvtt", 20),
-    "didemo_retrieval": Layout(read_didemo, "msrvtt", 100),
-    "activitynet_retrieval": Layout(read_activitynet, "msrvtt", 100),
-    "msrvtt_qa": Layout(read_msrvtt_qa, "msrvtt", 100, top_answers=1500),
-    "msrvtt_mc": Layout(read_msrvtt_mc, "msrvtt", 20),
-    "vqa": Layout(read_vqa, "vqa", 20, top_answers=3129, stills=True),
-    "pretrain": Layout(lambda folder, split: read_captions(folder, split, split == "train"), "coco_captions", 30,
-                       stills=True),
-}  # fmt: skip
-ALIASES = {"tgif_qa": "tgif_qa_action"}
+    def read(self, folder, split):
+        """The examples of a split. Pretraining can do without val and test."""
+        if self.training and split != "test":
+            return LAYOUTS[self.training].read(folder, split)
+        media_index.cache_clear()  # files may have come or gone since the last reading
+        names = (self.instead or {}).get(split, [split])
+        patterns = [pattern.format(split=name, Split=name.title())
+                    for name in names for pattern in self.files]  # fmt: skip
+        paths = find_files(folder, patterns, self.all_files)
+        examples = [example for path in paths for example in read_file(self, folder, path, split)]
+        if not examples and not (self.all_files and split != "train"):
+            raise DataError(f"{paths[0]}: no examples in it")
+        return examples
 
 
 def read_examples(task, folders, split):
-    """The examples of several folders as one list, with their media's paths."""
-    return [example._replace(path=(path := find_media(folder, example.video)) and str(path))
-            for folder in folders for example in LAYOUTS[task].read(folder, split=split)]  # fmt: skip
+    """The examples of a task's split, from one folder or several, each with its media's path."""
+    folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    layout = LAYOUTS[ALIASES.get(task, task)]
+    return [example for folder in folders for example in layout.read(folder, split)]
+
+
+def read_captions(folder, split="train", required=True):
+    """Captioned images or videos for pretraining. required: is it an error that there are none?"""
+    examples = read_examples("pretrain", folder, split)
+    if required and not examples:
+        raise DataError(f"{folder}: no {split} captions")
+    return examples
+
+
+def read_file(layout, folder, path, split):
+    """The examples of one annotation file, and of what stands beside it (VQA's questions, ...)."""
+    place, found, one = Place(path), {}, layout.one_caption and split == "test"
+    # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.
+    find = functools.cache(lambda name: find_media(folder, name) or find_media(path.parent, name))
+    read = msrvtt_rows if path.match("MSRVTT_*.[79]k*.csv") else read_rows
+    with complain(place):
+        for row in read(place, path):
+            if layout.all_files and split not in splits_of(row, path):
+                continue
+            for example in make_examples(row, layout, place, find):
+                # Examples stand under a key: those that share a video share one, or collide.
+                key = example.video if one or layout.paragraphs else len(found)
+                if key in found and one:
+                    raise ValueError(f"a second caption of {key[:80]!r}; in testing it has one")
+                if key in found:
+                    text = clean(f"{found[key].text} {example.text}", "the paragraph", blank=True)
+                    example = example._replace(text=text)
+                found[key] = example
+    examples = [example for example in found.values() if example.text or example.options]
+    if blank := len(found) - len(examples):  # one caption in millions: no reason to stop
+        print(f"note: {path}: left out {blank:,} of {len(found):,} captions, which are blank",
+              file=sys.stderr)  # fmt: skip
+    return examples
+
+
+def splits_of(row, path):
+    """The split of a caption: what its row says (in MSRVTT's json), else its file's name, else train."""
+    if "split" in row:
+        return ["val"] if row["split"] == "validate" else [row["split"]]
+    return re.findall("train|val|test", path.stem.lower()) or ["train"]
+
+
+def make_examples(row, layout, place, find):
+    """The example of a row; in pretraining, of a row with a list of captions, one for each.
+
+    find: the name of a video or image -> its file, or None. This is where an example gets its path.
+    """
+    said = column(row, *layout.text) if layout.text else ""
+    named = next((name for name in MEDIA if row.get(name) is not None), None)
+    if named is None:
+        raise ValueError(f"no column names the video; it has {', '.join(row)[:200]!r}")
+    video = name_of(row, named)
+    video = MEDIA[named].format(video) if video.isdigit() else video
+    path = find(video)
+    name = str(place.row) if row.keys().isdisjoint(IDS) else name_of(row, *IDS)
+    if layout.all_files:  # ids repeat from one file to the next
+        name = f"{place.path.stem}/{name}"
+    name = video if layout.paragraphs else name
+    for text in said if layout.all_files and isinstance(said, list) else [said]:
+        # A blank caption is left out later, and counted; a blank question is an error.
+        text = clean(text, " or ".join(layout.text), blank=not (layout.asked and layout.text))
+        asked = layout.asked(row) if layout.asked else {}
+        yield Example(name, video, text, path=path and str(path), **asked)
+
+
+# -------------------------------------------------- the table: tasks to layouts
+OWN = ("{split}.csv", "{split}.tsv", "*{split}*.jsonl")  # one's own files, or the reference's
+LAYOUTS = {
+    # Answer counts are the reference's: 3,129 for VQA, 1,500 for MSRVTT-QA.
+    **{f"tgif_qa_{kind}": Layout(
+        (f"{{Split}}_{kind}_question*.csv", f"*{kind}*{{split}}*.jsonl",
+         f"*{{split}}*{kind}*.jsonl", f"{kind}/*{{split}}*.jsonl"), "tgif_qa", 25, QUESTION, asked)
+       for kind, asked in (("action", choice), ("transition", choice), ("frameqa", open_answer),
+                           ("count", count))},
+    # 1k-A: train on the 9k (or 7k) listed videos, 20 captions each; test on 1,000 videos with ONE
+    # caption each. The json's own `test` split (2,990 videos, 20 captions each) is another protocol:
+    # its R@1 does not compare.
+    "msrvtt_retrieval": Layout(
+        ("MSRVTT_JSFUSION_{split}*.csv", "MSRVTT_{split}.9k*.csv", "MSRVTT_{split}.7k*.csv",
+         "*ret*{split}*.jsonl", *OWN), "msrvtt", 20, one_caption=True),
+    "didemo_retrieval": Layout(("{split}_data*.json", *OWN), "msrvtt", 100, paragraphs=True),
+    "activitynet_retrieval": Layout(
+        ("{split}.*json", "{split}*.csv", *OWN), "msrvtt", 100, paragraphs=True,
+        instead={"val": ("val_1", "val1", "val"), "test": ("val_1", "val1", "test", "val")}),
+    "msrvtt_qa": Layout(
+        ("{split}_qa*.json", "*qa*{split}*.jsonl", *OWN), "msrvtt", 100, QUESTION, open_answer,
+        top_answers=1500),
+    # Which of five captions belongs to the video? No training: a retrieval model scores them.
+    "msrvtt_mc": Layout(
+        ("*mc*{split}*.jsonl", "*mc*{split}*.json", "*{split}*.jsonl"), "msrvtt", 20, (), choice,
+        training="msrvtt_retrieval"),
+    "vqa": Layout(
+        ("*{split}*annotations*.json", "*annotations*{split}*.json", "*{split}*.jsonl"), "vqa", 20,
+        QUESTION, soft_answer, top_answers=3129, stills=True, instead={"test": ("test", "val")}),
+    # COCO, MSRVTT and Visual Genome by their public names; where there are none, all tables.
+    "pretrain": Layout(
+        ("*caption[s_]*.json|MSRVTT_data*.json|*videodatainfo*.json|*region_descriptions*.json",
+         "*.csv|*.tsv|*.jsonl"),
+        "coco_captions", 30, stills=True, all_files=True),
+}  # fmt: skip
+# One's own questions are read, and cut, as MSRVTT-QA's. A limit of 100 tokens costs short ones
+# nothing, as a batch is only as long as its longest text.
+LAYOUTS["qa"] = LAYOUTS["msrvtt_qa"]
+ALIASES = {"tgif_qa": "tgif_qa_action"}
 
 
 def without_missing(examples, split, where, allow):

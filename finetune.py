@@ -83,6 +83,7 @@ TASKS = {
                                   paper=CLIPS_8x2 | {"fps": 1.0, "train_clips": 4, "grad_accum": 2, "epochs": 80}),
     "msrvtt_qa": Task("MSRVTT-QA", "answer", validation=True, paper=CLIPS_8x2 | {"epochs": 10},
                       tiny={"train_clips": 2, "lr": 5e-4, "max_steps": 1200}),
+    "qa": Task("one's own questions", "answer", validation=True, paper=CLIPS_8x2 | {"epochs": 10}),
     # Five captions, scored by a retrieval model: train (or --eval) one; only the test file is this task's own.
     "msrvtt_mc": Task("MSRVTT multiple choice", "match", 2, paper=CLIPS_8x2),
     "vqa": Task("VQA v2", "soft", paper={"size": 768, "batch_size": 32, "grad_accum": 1, "epochs": 5, "clip_grad": 2.0,

@@ -219,7 +219,7 @@ def test_nonfinite_stops_and_saves_the_step_its_examples_and_finite_weights(toy,
     state = clipbert.load_checkpoint(tmp_path / "nonfinite.pt")
     assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
     order = list(data.training_order(12, 4, 24, seed=0))
-    examples = data.read_tgif_qa(toy, "action", "train")
+    examples = data.read_examples("tgif_qa_action", toy, "train")
     assert state["examples"] == [examples[i].id for batch in order[4:6] for _, i in batch]
     assert clipbert.load_checkpoint(tmp_path / "last.pt")["step"] == 2
     finetune.model_from(state, "nonfinite.pt", "tgif_qa_action")  # the weights can be loaded and looked at

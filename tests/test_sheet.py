@@ -34,7 +34,7 @@ def seen(toy):
     args = finetune.parse_arguments(["--task", "tgif_qa", "--eval", str(toy.parent / "run" / "best.pt"), "--data",
                                      str(toy), "--agg", "lse"])  # fmt: skip
     run, model = finetune.load_for_use(args)
-    example = data.read_tgif_qa(toy, "action", "test")[0]
+    example = data.read_examples("tgif_qa_action", toy, "test")[0]
     example = example._replace(options=("jump", "a very long thing that it does", "spin"))  # uneven: there is padding
     batch = next(iter(run.loader([example], 3, False, [[(0, 0)]])))
     return run, model, batch, finetune.look(run, model, batch)
@@ -149,7 +149,7 @@ def test_training_leaves_right_and_wrong_examples(toy, drawn):
     assert Image.open(toy.parent / "run" / "sheet.png").width == data.WIDTH
     arguments = ["--task", "tgif_qa", "--eval", str(toy.parent / "run" / "best.pt"), "--data", str(toy)]
     run, model = finetune.load_for_use(finetune.parse_arguments(arguments))
-    examples = data.read_tgif_qa(toy, "action", "test")
+    examples = data.read_examples("tgif_qa_action", toy, "test")
     (toy / "gifs" / f"{examples[3].video}.gif").write_bytes(b"")  # unreadable: black, and said
     rows = [{"clips": 2, "accuracy": right, "prediction": ""} for right in (True, False, True, False)]
     finetune.example_sheet(run, model, examples, rows)
