@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from runs import flags
 
 import clipbert
 import data
@@ -23,10 +24,7 @@ def command(line):
     if script == "data":
         return data.main(arguments)
     script = {"finetune": finetune, "pretrain": pretrain}[script]
-    if script is finetune:
-        given = finetune.parse_arguments(arguments)
-    else:
-        given = clipbert.parse_flags(data.Parser(), pretrain.Settings, arguments)
+    given = flags(script, *arguments)
     predict = finetune.run_prediction if "predict" in given else None
     clipbert.main(predict or (script.run_evaluation if "eval" in given else script.run_training), given)
 
@@ -60,10 +58,12 @@ def places(tmp_path_factory):
 
 EVAL = "finetune --data {toy} --eval {run}/best.pt"
 WRONG = [  # command, words of its one line
-    ("finetune --task tgif", "invalid choice: 'tgif' tgif_qa_action"),
+    ("finetune --task tgif_qa_acton", "invalid choice: 'tgif_qa_acton' did you mean tgif_qa_action?"),
     ("pretrain --model large", "invalid choice: 'large' tiny base"),
     ("finetune --agg median", "invalid choice: 'median' lse"),
     ("finetune --learning_rate 1", "unrecognized arguments: --learning_rate --help"),
+    ("finetune --batchsize 1", "unrecognized arguments: --batchsize did you mean --batch_size?"),
+    ("pretrain --max_step 1", "unrecognized arguments: --max_step did you mean --max_steps?"),
     ("finetune {toy}", "unrecognized arguments toy --help"),
     ("pretrain --task tgif_qa", "--task: invalid choice: 'tgif_qa' pretrain"),
     ("finetune --size", "--size: expected one argument"),
@@ -86,10 +86,10 @@ WRONG = [  # command, words of its one line
     ("finetune --text_length 513", "--text_length: '513' is not a whole number from 3 to 512"),
     ("finetune --precision fp64", "--precision invalid choice: 'fp64' fp32"),
     ("finetune --data {tmp}/nowhere", "--data nowhere: no such folder; give the one that holds the data set"),
-    ("finetune --data {tmp}/text.pt", "--data text.pt: not a folder; give"),
+    ("finetune --data {tmp}/text.pt", "--data text.pt: not a folder; give the folder that holds it"),
     ("finetune --data {tmp}/empty", "empty: no annotation file; looked for Train_action_question*.csv"),
     ("finetune --task msrvtt_qa --data {toy}", "toy: no annotation file; looked for train_qa*.json"),
-    ("pretrain --data {toy}/gifs", "gifs: no train captions; looked for *captions_train*.json"),
+    ("pretrain --data {toy}/gifs", "gifs: no annotation file; looked for *caption[s_]*.json"),
     ("pretrain --data {captions} {tmp}/nowhere", "--data nowhere: no such folder; give"),
     ("finetune --data {toy} --out {run}", "run: holds a run; choose another --out, go on with --resume --overwrite"),
     ("pretrain --data {captions} --out {pre}", "pre: holds a run; choose another --out --resume --overwrite"),
@@ -107,8 +107,8 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --init {tmp}/gpt.pt", "config is not one of ClipBERT's; give"),
     ("finetune --data {toy} --init {run}/best.pt --model base", "best.pt: a checkpoint of tiny; leave out --model"),
     ("finetune --data {toy} --init {run}/best.pt --resume", "--init, --resume and --eval exclude each other choose"),
-    ("finetune --data {toy} --eval {pre}/best.pt", "best.pt: not a fine-tuned checkpoint of ours --init"),
-    ("pretrain --data {captions} --eval {run}/best.pt", "best.pt: not a checkpoint of pretrain.py; start --init"),
+    ("finetune --data {toy} --eval {pre}/best.pt", "best.pt: not a checkpoint that this script has trained --init"),
+    ("pretrain --data {captions} --eval {run}/best.pt", "best.pt: not a checkpoint that this script has trained --init"),
     (EVAL + " --task tgif_qa_frameqa", "best.pt: a checkpoint of --task tgif_qa_action, not tgif_qa_frameqa"),
     (EVAL + " --predict {toy}/gifs/toy_test_0000.gif", "--predict VIDEO needs --eval CKPT and --question TEXT"),
     (EVAL + " --question 'what ?'", "--predict VIDEO needs --eval CKPT and --question TEXT"),
@@ -125,13 +125,12 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --init {tmp}/other.pt --model base --backbone resnet18", "other.pt: a checkpoint of resnet50; leave out"),
     ("finetune --data {toy} --bert {toy}", "--bert is for --model base; add that, or leave"),
     ("data", "arguments are required: command"),
-    ("data chek", "invalid choice: 'chek' check"),
+    ("data chek", "invalid choice: 'chek' did you mean check?"),
     ("data check --task tgif", "invalid choice: 'tgif' tgif_qa_action"),
     ("data check --data {tmp}/nowhere", "--data nowhere: no such folder; give"),
-    ("data check --data {tmp}/text.pt", "--data text.pt: not a folder; give"),
+    ("data check --data {tmp}/text.pt", "--data text.pt: not a folder; give the folder"),
     ("data check --data {toy} --text_length 2", "--text_length: '2' is not a whole number from 3"),
-    ("data check --data {toy} --bert {tmp}/empty", "no vocabulary give --bert DIR"),
-    ("data check --data {toy} --report {tmp}/none/report.tsv", "none/report.tsv: No such file or directory; choose"),
+    ("data check --data {toy} --dat {toy}", "unrecognized arguments: --dat did you mean --data?"),
     ("data toy {tmp}/text.pt", "text.pt/tgif_qa: Not a directory choose another directory"),
 ]  # fmt: skip
 if not torch.cuda.is_available():

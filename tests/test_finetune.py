@@ -54,7 +54,7 @@ def test_order_of_a_resumed_run_is_the_rest_of_the_whole_one(start):
 
 
 def test_order_and_clips_do_not_depend_on_the_reader(toy):
-    examples = data.read_tgif_qa(toy, "action", "train")
+    examples = data.read_examples("tgif_qa_action", toy, "train")
     options = {"n_clips": 2, "n_frames": 1, "fps": 1.0, "size": 32, "train": True}
     one, other = (data.ClipDataset(examples, toy, **options) for _ in range(2))
     other[(0, 3)]  # reading something else first changes nothing
@@ -152,7 +152,7 @@ def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(brok
 
 
 def test_unreadable_examples_are_replaced_by_the_next(broken):
-    examples = data.read_tgif_qa(broken, "action", "train")
+    examples = data.read_examples("tgif_qa_action", broken, "train")
     dataset = data.ClipDataset(examples, broken, n_clips=1, n_frames=1, fps=1.0, size=32, train=True)
     item = dataset[(0, 2)]
     assert item["example"] == examples[3] and len(item["unreadable"]) == 1
@@ -219,7 +219,7 @@ def test_error_of_a_loss_that_is_not_a_number_stops_the_run(toy, tmp_path, capsy
 
 
 def test_blind_runs_see_black_frames_only(toy):
-    examples = data.read_tgif_qa(toy, "action", "train")
+    examples = data.read_examples("tgif_qa_action", toy, "train")
     options = {"n_clips": 1, "n_frames": 1, "fps": 1.0, "size": 32, "train": True}
     assert data.ClipDataset(examples, toy, **options)[(0, 0)]["frames"].any()
     assert not data.ClipDataset(examples, toy, **options, blind=True)[(0, 0)]["frames"].any()

@@ -2,12 +2,11 @@
 -k kill`, or one of: signal, whole, truncated, disk, log, nonfinite, memory, vanish, worker, resume, overwritten, blind,
 processes.
 
-`python tests/stress.py` does the same at length.
+`python tests/stress.py kill disk` does the same at length.
 """
 
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -18,13 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import errors, finish, given_of, logged, resume, same, start, tensors, wait_for
 
 import clipbert
 import data
 import finetune
 import pretrain
 
-SMALL = ["--batch_size", 4, "--size", 32, "--workers", 0]
 STEPS = ["--max_steps", 12, "--save_every", 1]
 
 
@@ -51,19 +50,6 @@ def whole(toy, tmp_path_factory):
     return out, time.time() - began
 
 
-# ---------------------------------------------------------------- runs in this process, and in others
-
-
-def given_of(script, folder, out, *more):
-    """A short run's flags, as they come from the command line."""
-    where = [*(["--data", folder] if folder else []), *(["--out", out] if out else [])]
-    arguments = [*where, *SMALL, *(["--test_clips", 1] if script is finetune else []), *more]
-    arguments = [str(argument) for argument in arguments]
-    if script is finetune:
-        return finetune.parse_arguments(arguments)
-    return clipbert.parse_flags(data.Parser(), pretrain.Settings, arguments)
-
-
 def here(folder, out, *more, script=finetune):
     """Training, or with --eval evaluation, in this process."""
     given = given_of(script, folder, out, *more)
@@ -79,60 +65,9 @@ def failing(capsys, *run, **script):
     return lines[-1]
 
 
-def job(script, run, before):
-    """What a started process does: training; what it says goes to a file."""
-    os.sys.stdout = os.sys.stderr = open(f"{run[1]}.txt", "a", buffering=1)  # noqa: SIM115
-    before()
-    here(*run, script=script)
-
-
-def start(*run, before=lambda: None, script=finetune):
-    """Training as a forked process: nothing is imported again."""
-    process = multiprocessing.get_context("fork").Process(target=job, args=(script, run, before))
-    process.start()
-    return process
-
-
-def finish(process):
-    process.join()
-    return process.exitcode
-
-
-def resume(folder, out, *more):
-    """Go on, with or without a checkpoint, as someone would who finds the folder."""
-    found = any((out / name).exists() for name in ("last.pt", "previous.pt"))
-    return finish(start(folder, out, *more, "--resume" if found else "--overwrite"))
-
-
-def wait_for(out, step, process):
-    """Until this step is logged (every tenth, or with a checkpoint)."""
-    while process.is_alive() and step not in logged(out):
-        time.sleep(0.005)
-
-
-def errors(out):
-    """The lines a run said after its progress: its error, or how it was stopped."""
-    return [line for line in Path(f"{out}.txt").read_text().splitlines() if line.startswith(("error: ", "SIG"))]
-
-
-def logged(out):
-    """The steps in log.jsonl, every line of which must be whole."""
-    path = out / "log.jsonl"
-    text = path.read_text() if path.exists() else ""
-    assert text.endswith("\n") or not text
-    return [json.loads(line)["step"] for line in text.splitlines()]
-
-
 def same_end(one, other):
     """Whether two runs ended with the same weights, optimizer and random states, to the bit, and the same log."""
-    states = [clipbert.load_checkpoint(out / "last.pt") for out in (one, other)]
-    states = [
-        state["model"]
-        | {f"{k}.{n}": v for k, moments in state["optimizer"]["state"].items() for n, v in moments.items()}
-        | {f"random{rank}": each["torch"] for rank, each in enumerate(state["random"])}
-        for state in states
-    ]
-    return logged(one) == logged(other) and all(torch.equal(states[0][n], states[1][n]) for n in states[0] | states[1])
+    return logged(one) == logged(other) and same(*(tensors(out / "last.pt") for out in (one, other)))
 
 
 # ---------------------------------------------------------------- killed, stopped
