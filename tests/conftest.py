@@ -15,10 +15,10 @@ SHARED = HERE.parents[1] / "shared"  # recorded numbers and real videos that are
 sys.path.insert(0, str(HERE.parent))  # wherever pytest is started
 torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads would mostly wait for each other
 
-import clipbert  # noqa: E402
-import data  # noqa: E402
-import finetune  # noqa: E402
-import pretrain  # noqa: E402
+import clipbert
+import data
+import finetune
+import pretrain
 
 
 @pytest.fixture(scope="session")
