@@ -582,14 +582,11 @@ def parse_flags(parser, settings, arguments=None):
     return given
 
 
-def settle(settings, rows, given):
-    """An object of the dataclass `settings`: its defaults, changed by each of the rows in turn, then by the flags."""
-    values = {}
-    for row in rows:
-        values |= row
+def settle(settings, row, given):
+    """An object of the dataclass `settings`: its defaults, changed by the row, then by the flags."""
     if "epochs" in given:
-        values["max_steps"] = None  # asked for in epochs: a number of steps does not apply
-    return settings(**values | given)
+        row = row | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
+    return settings(**row | given)
 
 
 def check_size(s, cfg):
@@ -688,21 +685,16 @@ def load_official_checkpoint(model, checkpoint):
     return report | {"unused": [name for name, new in names.items() if not new]}
 
 
-def is_ours(state):
-    """Whether a checkpoint is one that our training wrote, and not the official layout."""
-    return state is not None and "config" in state
-
-
 def model_name(given, state):
-    """tiny or base: what --model says, or else what the checkpoint of --init holds; they must not differ."""
-    held = None
-    if state:
-        held = "tiny" if is_ours(state) and config_from(state).backbone == "tiny" else "base"
-        backbone = config_from(state).backbone if is_ours(state) else "resnet50"
-        for flag, value in (("model", held), ("backbone", backbone)):
-            if given.get(flag, value) != value:
-                raise ValueError(f"{given['init']}: a checkpoint of {value}; leave out --{flag} {given[flag]}")
-    return held or given.get("model", "tiny")
+    """tiny or base: what --model says, or what the checkpoint of --init, ours or the official one, holds."""
+    if not state:
+        return given.get("model", "tiny")
+    backbone = config_from(state).backbone if "config" in state else "resnet50"
+    held = {"model": "tiny" if backbone == "tiny" else "base", "backbone": backbone}
+    for flag in held.keys() & given.keys():
+        if given[flag] != held[flag]:
+            raise ValueError(f"{given['init']}: a checkpoint of {held[flag]}; leave out --{flag} {given[flag]}")
+    return held["model"]
 
 
 def start_model(build, s, state, text_vocabulary, bert_vocabulary):
@@ -710,10 +702,10 @@ def start_model(build, s, state, text_vocabulary, bert_vocabulary):
 
     build: config -> model. text_vocabulary(), bert_vocabulary(): lists of tokens, made only if they are needed.
     """
-    if is_ours(state):  # brings its own sizes and vocabulary
+    if state and "config" in state:  # one that our training wrote brings its own sizes and vocabulary
         model, vocabulary = build(config_from(state)), state["vocabulary"]
         print(f"{s.init}: {describe(copy_weights(model, state['model']))}")
-    elif state:
+    elif state:  # the official layout
         model, vocabulary = build(ClipBertConfig.official()), bert_vocabulary()
         print(f"{s.init}: {describe(load_official_checkpoint(model, state))}")
     elif s.model == "base" and not s.scratch:
@@ -744,9 +736,14 @@ def start_pretrained(build, s):
             f"{s.backbone}-*.pth) and --bert DIR (a BERT's folder), --init CKPT, or --scratch"
         ) from error
     bert, info = bert
-    model = build(config_of_bert(bert.config, replace(ClipBertConfig.base(), backbone=s.backbone)))
+    cnn = {name.removeprefix("backbone."): value for name, value in cnn.items()}
+    cfg = ClipBertConfig.base()
+    if detector := any(name.startswith("res2.") for name in cnn):  # detectron2's layout: what the reference starts from
+        cfg = ClipBertConfig.official()
+    model = build(config_of_bert(bert.config, replace(cfg, backbone=s.backbone)))
+    leftovers = "(?!stem|res)" if detector else r"fc\.|.*num_batches"  # heads; and a counter of BatchNorm's training
     tensors = {f"cnn.resnet.{detectron2_name(name)}": torch.as_tensor(value) for name, value in cnn.items()
-               if not name.startswith("fc.") and "num_batches" not in name}  # fmt: skip
+               if not re.match(leftovers, name)}  # fmt: skip
     # what from_pretrained has just drawn at random: not in the file, or of another shape there
     absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     tensors |= {name: value for name, value in bert.state_dict().items()
@@ -830,6 +827,31 @@ def config_from(state):
         raise ValueError("the checkpoint's config is not one of ClipBERT's; give one that our training wrote") from None
 
 
+def begin(settings, given, name, row):
+    """-> (s, what a new model starts from, what a stopped run goes on from): the settings and --init's, --resume's
+    checkpoint or None. row(model): what the task has instead of the defaults."""
+    if "resume" in given:
+        s, stopped = load_stopped(settings, given, name)
+        return s, None, stopped
+    start = load_checkpoint(given["init"]) if "init" in given else None
+    model = model_name(given, start)
+    s = settle(settings, row(model) | {"model": model}, given)
+    new_folder(s, name)
+    return s, start, None
+
+
+def load_finished(settings, given):
+    """--eval: (s, state) of a checkpoint of ours, with its settings where no flag says otherwise."""
+    state = load_checkpoint(given["eval"])
+    if not {"task", "settings"} <= state.keys() or set(state["settings"]) != {f.name for f in fields(settings)}:
+        raise ValueError(f"{given['eval']}: not a checkpoint that this script has trained; start from it with --init")
+    own = {"out": str(Path(given["eval"]).parent), "limit": None, "workers": None, "precision": None}
+    s = settle(settings, state["settings"] | own, given)
+    if s.blind and "blind" not in given:
+        print(f"{s.eval}: trained blind, so it sees no frames here, either")
+    return s, state
+
+
 def load_stopped(settings, given, name):
     """--resume: (s, state) of the newest whole checkpoint of the run in --out, or of the newest run of that name.
 
@@ -857,7 +879,7 @@ def load_stopped(settings, given, name):
             raise ValueError(f"{path}: was begun with --{flag} {state['settings'].get(flag)}, not {given[flag]}; leave "
                              f"that out, or start anew")  # fmt: skip
     print(f"resuming from {path}, step {state['step']}")
-    return settle(settings, [state["settings"]], given | {"out": str(out)}), state
+    return settle(settings, state["settings"], given | {"out": str(out)}), state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -979,7 +1001,7 @@ class Training:
             with open(self.out / "log.jsonl", "ab") as log:  # lines after the checkpoint will be written again
                 log.truncate(min(logged, log.tell()))
         self.forward = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
-        self.waiting, self.unreadable, self.signal, self.began = [], Counter(), 0, time.time()
+        self.waiting, self.unreadable, self.signal, self.began, self.shown = [], Counter(), 0, time.time(), 0.0
 
     def restore(self, state):
         """Go on as if there had been no stop. -> how much of the log belongs to the steps before it, in bytes."""
@@ -1051,8 +1073,17 @@ class Training:
                 raise ValueError(f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step "
                                  f"{row['step']:.0f}: try a lower --lr, or --precision fp32 or bf16")  # fmt: skip
         if rows:
-            rate = (rows[-1]["step"] - self.start) * self.per_step / (time.time() - self.began)
-            self.progress.set_postfix(loss=f"{row['loss']:.3f}", examples_per_s=f"{rate:.0f}")
+            self.show(row)
+
+    def show(self, row):
+        """How it goes: on the progress bar, or, where there is no terminal, a line every half minute."""
+        seconds, done = time.time() - self.began, row["step"] - self.start
+        rate = f"{done * self.per_step / seconds:.0f}"
+        self.progress.set_postfix(loss=f"{row['loss']:.3f}", examples_per_s=rate)
+        if self.progress.disable and seconds > self.shown + 30:
+            self.shown, left = seconds, seconds / done * (self.total_steps - row["step"]) / 60
+            print(f"step {row['step']:.0f} of {self.total_steps:,}: loss {row['loss']:.3f}, {rate} examples/s, "
+                  f"{left:.0f} minutes left", flush=True)  # fmt: skip
 
     def log(self, row):
         """A line of log.jsonl."""

@@ -53,6 +53,7 @@ class Settings(clipbert.Settings):
     question: str = setting(None, "... this one; of a retrieval model: a caption")
     options: tuple = setting((), "... multiple choice: the options; retrieval: more captions", nargs="+")
     sheet: str = setting(None, "with --predict: draw what the model looked at", metavar="FILE")
+    clips: int = setting(6, "with --sheet: rows for so many clips", high=64, metavar="ROWS")
 
 
 class Task(NamedTuple):
@@ -82,6 +83,7 @@ TASKS = {
                                   paper=CLIPS_8x2 | {"fps": 1.0, "train_clips": 4, "grad_accum": 2, "epochs": 80}),
     "msrvtt_qa": Task("MSRVTT-QA", "answer", validation=True, paper=CLIPS_8x2 | {"epochs": 10},
                       tiny={"train_clips": 2, "lr": 5e-4, "max_steps": 1200}),
+    "qa": Task("one's own questions", "answer", validation=True, paper=CLIPS_8x2 | {"epochs": 10}),
     # Five captions, scored by a retrieval model: train (or --eval) one; only the test file is this task's own.
     "msrvtt_mc": Task("MSRVTT multiple choice", "match", 2, paper=CLIPS_8x2),
     "vqa": Task("VQA v2", "soft", paper={"size": 768, "batch_size": 32, "grad_accum": 1, "epochs": 5, "clip_grad": 2.0,
@@ -109,12 +111,10 @@ def parse_arguments(arguments=None):
     return given
 
 
-def new_settings(given, state):
-    """Of a new run; state: the checkpoint of --init, or None."""
-    task, model = TASKS[given["task"]], clipbert.model_name(given, state)
-    tiny = TINY | (task.tiny or {}) if model == "tiny" else {}
-    rows = [{"text_length": data.LAYOUTS[given["task"]].text_length}, task.paper or {}, tiny, {"model": model}]
-    return clipbert.settle(Settings, rows, given)
+def row(name, model):
+    """What a task has instead of the defaults: the paper's settings, and the changes of the model, if it is tiny."""
+    task, length = TASKS[name], {"text_length": data.LAYOUTS[name].text_length}
+    return length | (task.paper or {}) | (TINY | (task.tiny or {}) if model == "tiny" else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,22 +123,15 @@ def new_settings(given, state):
 
 def run_training(given):
     """Train, then evaluate best.pt on the test split."""
-    state, stopped = None, None
-    if "resume" in given:
-        s, stopped = clipbert.load_stopped(Settings, given, given["task"])
-    else:
-        state = clipbert.load_checkpoint(given["init"]) if "init" in given else None
-        s = new_settings(given, state)
-        clipbert.new_folder(s, s.task)
+    s, start, stopped = clipbert.begin(Settings, given, given["task"], lambda model: row(given["task"], model))
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
         examples, test = load_examples(s, "train"), load_examples(s, "test")
-        model, vocabulary, answers, guess = load_model(s, stopped) if stopped else new_model(s, state, examples)
+        model, vocabulary, answers, guess = load_model(s, stopped) if stopped else new_model(s, start, examples)
     if answers:
         examples = only_known_answers(s, examples, set(answers), "training: left out")
         only_known_answers(s, test, set(answers), "test: counted as wrong")
-    if s.cache:
-        data.check_cached(examples + test, s.size)
+    data.check_cached(examples + test, s)
     model = clipbert.use_machine(s, model)
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, answers)
     training = clipbert.Training(
@@ -239,7 +232,7 @@ def new_model(s, state, examples):
 
 def load_model(s, state):
     """-> (model, vocabulary, answers, guess) of one of our fine-tuning checkpoints."""
-    if not {"num_outputs", "guess"} <= state.keys():
+    if state["task"] not in TASKS:
         raise ValueError(f"{s.eval or s.out}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
     retrieval = TASKS[state["task"]].kind == TASKS[s.task].kind == "match"  # one retrieval model does for them all
     if state["task"] != s.task and not retrieval:
@@ -519,13 +512,7 @@ def print_next_steps(s):
 
 def load_for_use(given):
     """--eval: (s, model, collate, guess) of a fine-tuned checkpoint, with its settings where no flag says otherwise."""
-    state = clipbert.load_checkpoint(given["eval"])
-    if not clipbert.is_ours(state) or "settings" not in state or "train_clips" not in state["settings"]:
-        raise ValueError(f"{given['eval']}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
-    own = {"resume": False, "overwrite": False, "limit": None, "workers": None, "precision": None}  # of that run alone
-    s = clipbert.settle(Settings, [state["settings"], own], given)
-    if s.blind and "blind" not in given:
-        print(f"{s.eval}: trained blind, so it sees no frames here, either")
+    s, state = clipbert.load_finished(Settings, given)
     model, vocabulary, answers, guess = load_model(s, state)
     model = clipbert.use_machine(s, model)
     return s, model, data.Collator(data.build_tokenizer(vocabulary), s.text_length, answers), guess
@@ -535,13 +522,11 @@ def run_evaluation(given):
     """--eval: evaluate a checkpoint at each N_test. The results lie beside it, named after what was evaluated."""
     s, model, collate, guess = load_for_use(given)
     test = load_examples(s, s.split)
-    if s.cache:
-        data.check_cached(test, s.size)
+    data.check_cached(test, s)
     began = time.time()
     results = evaluate(s, model, collate, test, s.test_clips)
-    folder = Path(given["out"]) if "out" in given else Path(s.eval).parent
     ending = f"-{s.task}-{s.split}-{Path(s.data[0]).resolve().name if s.data else 'toy'}"
-    report(s, folder, ending, results, chance_level(s, guess, test), time.time() - began)
+    report(s, Path(s.out), ending, results, chance_level(s, guess, test), time.time() - began)
 
 
 def run_prediction(given):
@@ -553,77 +538,175 @@ def run_prediction(given):
     example = data.Example("0", Path(s.predict).name, s.question, tuple(s.options), answer=0, path=s.predict)
     media = data.probe(s.predict)
     clips = data.sample_clips(media.num_frames, media.fps, n, s.frames, s.fps, False)
-    seen = look(s, model, collate([data.ClipDataset([example], s, n_clips=n, train=False)[0, 0]]), collate)
+    seen, known = look(s, model, collate, example, n), collate.tokenizer.get_vocab()
+    unknown = [word for text in (s.question, *s.options) for word in data.words_of(text) if word not in known]
+    if s.model == "tiny" and unknown:
+        print(f"note: a toy model, which has never read {', '.join(unknown)}: it can only guess")
     print(f"{example.video}, {n} clips of {s.frames} frames: {s.question}")
-    for i in data.best_first(seen.ranking):
+    if kind == "match":
+        print("  how likely each caption is this video's, for itself:")
+    for i in best_first(seen.ranking):
         score = seen.ranking[i].item()
         print(f"  {score:.2f}" if kind == "count" else f"  {score:6.1%}  {seen.names[i]}")
     if s.sheet:
-        data.attention_sheet(s.predict, clips, s.frames / s.fps, s.agg, seen).save(s.sheet)
+        prediction_sheet(s, seen, clips).save(s.sheet)
 
 
-def look(s, model, batch, collate):
-    """What the model makes of a batch of one example, and what it looked at: a data.Seen."""
-    kept, kind, example = [], TASKS[s.task].kind, batch["examples"][0]
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: what the model looked at, and what it made of it
+
+
+class Seen(NamedTuple):
+    """What a model looked at in one video; all of it on the CPU. n: the names of options or answers."""
+
+    frames: torch.Tensor  # (N, T, 3, L, L) uint8: the clips
+    attention: torch.Tensor  # (N, h, w): from [CLS] to each cell of the grid; the rest of 1 goes to the words
+    names: list
+    scores: torch.Tensor  # (N, n): what each clip says alone, as probabilities; in counting, the number
+    weights: torch.Tensor  # (N,): of each clip in G
+    ranking: torch.Tensor  # (n,): what all clips say together
+    unreadable: list  # what is wrong with the video, if it can't be read: then its frames are black
+
+
+def look(s, model, collate, example, n_clips):
+    """What the model makes of an example at N_test = n_clips, and what it looked at."""
+    kept, kind = [], TASKS[s.task].kind
+    batch = collate([data.ClipDataset([example], s, n_clips=n_clips, train=False)[0, 0]])
     model.eval()
     model.bert.set_attn_implementation("eager")  # which has the attention weights as a tensor; SDPA never does
     attention = model.bert.encoder.layer[-1].attention.self
-    hook = attention.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs[1].float().mean(1)))
+    # of the weights (N*n, heads, queries, keys) those of the first query, [CLS], of which the answer is made
+    hook = attention.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs[1][:, :, 0].float()))
     batch = clipbert.to_device(batch)
     with torch.no_grad(), clipbert.autocast(s):
         logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
     hook.remove()
     model.bert.set_attn_implementation("sdpa")
     logits = logits.float().cpu()  # (N, n, K)
-    scores = torch.stack([probabilities(kind, p) for p in logits])  # (N, names)
-    ranking = probabilities(kind, clipbert.aggregate_clips(logits, s.agg))
-    best, counting = ranking.argmax().item(), kind == "count"
-    points = logits[..., -1] if kind == "match" else logits.flatten(1)  # (N, names), one each
-    names = list(example.options) or (["count"] if counting else collate.answers) or [example.text]
+    names = list(example.options) or (["count"] if kind == "count" else collate.answers) or [example.text]
+    # FrameQA's model has more outputs than there are answers: those without a name are never shown
+    scores = torch.stack([probabilities(kind, p)[: len(names)] for p in logits])
+    ranking = probabilities(kind, clipbert.aggregate_clips(logits, s.agg))[: len(names)]
+    best = ranking.argmax().item()
+    points = logits[..., -1] if kind == "match" else logits.flatten(1)  # (N, n), one each
     text = best if example.options else 0  # multiple choice has a text for each option
-    words = batch["attention_mask"][text].sum() - 1  # all but the last, [SEP]
-    grid = kept[0].cpu().unflatten(0, logits.shape[:2])[:, text, :words, batch["input_ids"].shape[1] :]
-    words = collate.tokenizer.convert_ids_to_tokens(batch["input_ids"][text, :words])
-    return data.Seen(
-        example.text, batch["frames"][0].cpu(), words, grid.unflatten(2, (math.isqrt(grid.shape[2]), -1)),
-        names + ["(unused)"] * (len(ranking) - len(names)), scores, clip_weights(points[:, best], s.agg), ranking,
-        max(10.0, scores.max().item()) if counting else 1,
-    )  # fmt: skip
+    grid = kept[0].mean(1).cpu().unflatten(0, logits.shape[:2])[:, text, batch["input_ids"].shape[1] :]  # (N, h*w)
+    grid = grid.unflatten(1, (math.isqrt(grid.shape[1]), -1))
+    return Seen(batch["frames"][0].cpu(), grid, names, scores, clip_weights(points[:, best], s.agg), ranking,
+                batch["unreadable"][0])
+
+
+def telling_clips(seen, how):
+    """The clips in the order of what they add to the answer, and this order in words.
+
+    By their weight in G; where all weigh the same, as in mean, by how sure each is of what all say together.
+    """
+    own = seen.scores[:, seen.ranking.argmax()]
+    order = sorted(range(len(own)), key=lambda i: (seen.weights[i].item(), own[i].item()), reverse=True)
+    return order, "surest of the answer" if how == "mean" else "heaviest in G"
+
+
+def best_first(scores, most=5):
+    return scores.topk(min(most, len(scores))).indices.tolist()
+
+
+def bars(seen, scores, color):
+    """A bar for each of the best names of all clips, the highest in colour.
+
+    All rows have the same names in the same order, so that they can be compared; but a clip's own
+    favourite is always there.
+    """
+    order = best_first(seen.ranking)
+    if (own := scores.argmax().item()) not in order:
+        order[-1] = own
+    full = 10 if seen.names == ["count"] else 1  # of the longest bar: a probability of 1; most counts are below 10
+    lengths = (scores / full).clamp(0, 1).tolist()
+    return [(seen.names[j], lengths[j], f"{scores[j]:.3f}", color if j == own else data.PALE) for j in order]
+
+
+ATTENTION = ("Colours on the grid: [CLS]'s attention to each cell in the last layer, the mean of all heads; the rest of "
+             "100% goes to the words. Attention is not an explanation: the answer may hang on something else.")
+
+
+def scale(top, name):
+    """The last row's picture: what the colours mean."""
+    return data.colors(torch.linspace(0, top, 170).expand(16, -1), top), f"0 to {name}", data.GREY
+
+
+def prediction_sheet(s, seen, clips):
+    """What led to an answer: the s.clips most telling clips in order of time, and what G makes of all clips.
+
+    clips (N, T): frame indices. The time line has all clips, those without a row in grey. All grids
+    have one scale of colours, so that clips can be compared.
+    """
+    media, (N, T), most = data.probe(s.predict), clips.shape, s.clips
+    order, why = telling_clips(seen, s.agg)
+    shown = range(0, T, -(-T // 4))  # at most four frames of a clip
+    side = min(180, 720 // (len(shown) + 1) - data.GAP)  # pictures get half the sheet
+    colors, rows, top = [data.PALE] * N, [], seen.attention.max().item()
+    for k, i in enumerate(sorted(order[:most])):
+        colors[i] = color = data.SHEET_COLORS[k % len(data.SHEET_COLORS)]
+        times, weight = (clips[i] / media.fps).tolist(), seen.weights[i].item()
+        pictures = [data.picture(pixels, side, media) for pixels in seen.frames[i]]
+        # The model takes the mean over the T frames of a clip: there is one grid, drawn over the middle frame.
+        grid = data.overlay(pictures[T // 2], seen.attention[i], top)
+        rows.append(data.SheetRow(
+            [*((pictures[t], f"{times[t]:.2f} s", color) for t in shown),
+             (grid, f"{seen.attention[i].sum():.0%} on the grid", color)],
+            (f"clip {i + 1} of {N}", f"from {times[0]:.2f} s", "on its own it says:"),
+            [*bars(seen, seen.scores[i], color), ("its weight in G", weight, f"{weight:.3f}", data.DARK)], color,
+        ))  # fmt: skip
+    ranking = bars(seen, seen.ranking, data.DARK)
+    rows.append(data.SheetRow([scale(top, f"{top:.1%} in one cell")], ("All clips:", f"G = {s.agg}"), ranking))
+    about = f"{Path(s.predict).name}: N = {N} clips of T = {T} frames{f', shown: the {most} {why}' if most < N else ''}"
+    line = data.time_line(media, clips, T / s.fps, colors, True)
+    return data.draw_sheet(s.question, about, rows, line, [ATTENTION, *data.toy_notes(Path(s.predict))])
 
 
 def example_sheet(s, model, collate, examples, predictions, each=4):
-    """A picture of the first few test examples that were right, and of those that were wrong."""
+    """A picture of the first few test examples that were right, and of those that were wrong.
+
+    The first, not the best: chosen ones would tell nothing about the model.
+    """
     # Right is, in retrieval, a caption whose own video comes first, and in counting what is off by less than a half.
-    columns = ([], [])
-    for example, row in zip(examples, predictions, strict=True):
-        right = row["rank"] == 1 if "rank" in row else row["mse"] < 0.25 if "mse" in row else row["accuracy"] >= 0.5
-        if len(columns[not right]) < each:
-            card = retrieval_card if "rank" in row else answer_card
-            columns[not right].append(card(s, model, collate, example, row, examples))
-    title = f"{TASKS[s.task].title}, N_test = {predictions[0]['clips']}: the first test examples right and wrong"
-    return data.example_sheet(title, *columns)
+    rows, paths = {True: [], False: []}, {example.video: example.path for example in examples}
+    for example, said in zip(examples, predictions, strict=True):
+        right = said["rank"] == 1 if "rank" in said else said["mse"] < .25 if "mse" in said else said["accuracy"] >= .5
+        if len(rows[right]) < each:
+            row, why = example_row(s, model, collate, example, said, right, paths)
+            rows[right].append(row)
+    title = f"{TASKS[s.task].title}, N_test = {said['clips']}: the first test examples right and wrong"
+    about = f"Of each video one clip is shown, the one {why}; the bars are what all clips say together."
+    rows = [*rows[True], *rows[False], data.SheetRow([scale(1, "the highest cell")])]
+    return data.draw_sheet(title, about, rows, notes=[ATTENTION, *data.toy_notes(Path(examples[0].path or ""))])
 
 
-def answer_card(s, model, collate, example, row, _):
-    """Pictures and lines: the clip that weighs most (in mean: that is surest), its attention, question and answers."""
-    seen = look(s, model, collate([data.ClipDataset([example], s, n_clips=row["clips"], train=False)[0, 0]]), collate)
-    best = seen.ranking.argmax()
-    i = max(range(row["clips"]), key=lambda i: (seen.weights[i].item(), seen.scores[i, best].item()))
-    pictures, attention = [data.picture(pixels, 180) for pixels in seen.frames[i][:3]], seen.attention[i, 0]
-    pictures.append(data.overlay(seen.frames[i, seen.frames.shape[1] // 2], attention, attention.max().item(), 180))
-    answer, said = example.answer, row["prediction"]
-    answer = example.options[answer] if example.options else answer
-    answer = max(answer, key=answer.get, default="") if isinstance(answer, dict) else answer
-    return pictures, [example.text, f"predicted: {said or 'nothing'}", f"answer: {answer}",
-                      f"(clip {i + 1} of {row['clips']})"]  # fmt: skip
+def example_row(s, model, collate, example, said, right, paths):
+    """The row of an example, and the reason why its clip was chosen.
 
-
-def retrieval_card(s, model, collate, example, row, examples):
-    """Pictures and lines: a frame from the middle of a caption's three best videos, and where its own one stands."""
-    paths = {other.video: other for other in examples}
-    best = data.ClipDataset([paths[video] for video in row["prediction"][:3]], s, n_clips=1, train=False)
-    pictures = [data.picture(best[0, i]["frames"][0, 0], 180) for i in range(len(best))]
-    return pictures, [example.text, f"its own video: number {row['rank']:g}", f"shown: numbers 1 to {len(best)}"]
+    In retrieval it has two videos, the caption's own and the best other one: of a mistake, those that
+    the model took for each other.
+    """
+    color, pictures, shown = "#009e73" if right else "#d55e00", [], []
+    lines, videos = [f"{'right' if right else 'wrong'}: {example.text}"], {example.video: ""}
+    if "rank" in said:
+        others = [video for video in said["prediction"] if video != example.video]
+        videos = {example.video: f"its own: number {said['rank']:g}"}
+        videos |= {video: f"other: number {said['prediction'].index(video) + 1}" for video in others[:1]}
+    else:
+        lines.append(f"answer: {example.options[example.answer] if example.options else example.answer}")
+    for video, name in videos.items():
+        seen = look(s, model, collate, example._replace(video=video, path=paths[video]), said["clips"])
+        (i, *_), why = telling_clips(seen, s.agg)
+        # a video that can't be read has black frames and no facts; the model answered without it
+        media = None if seen.unreadable else data.probe(paths[video])
+        image = data.picture(seen.frames[i, seen.frames.shape[1] // 2], 172, media)
+        # Each picture has its own scale here: other videos and other questions can't be compared.
+        grid = data.overlay(image, seen.attention[i], seen.attention[i].max().item())
+        pictures += [(image, name or f"clip {i + 1} of {said['clips']}", color),
+                     (grid, f"{seen.attention[i].sum():.0%} on the grid", color)]  # fmt: skip
+        shown += bars(seen._replace(names=[name]) if name else seen, seen.ranking, color)
+    return data.SheetRow(pictures, lines, shown, color), why
 
 
 def probabilities(kind, p):

@@ -20,7 +20,6 @@ Read it from `run_training` on: settings -> data -> model -> loop -> evaluation.
 import json
 import random
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -66,18 +65,12 @@ MOST_VALIDATION = 2000  # images of a folder: all of COCO's would be more forwar
 
 def run_training(given):
     """Pretrain, then evaluate the last weights on the validation images."""
-    state, stopped = None, None
-    if "resume" in given:
-        s, stopped = clipbert.load_stopped(Settings, given, "pretrain")
-    else:
-        state = clipbert.load_checkpoint(given["init"]) if "init" in given else None
-        model = clipbert.model_name(given, state)
-        s = clipbert.settle(Settings, [TINY if model == "tiny" else {}, {"model": model}], given)
-        clipbert.new_folder(s, "pretrain")
+    s, start, stopped = clipbert.begin(Settings, given, "pretrain", lambda model: TINY if model == "tiny" else {})
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
         examples, val = load_examples(s)
-        model, vocabulary = load_model(s, stopped) if stopped else new_model(s, state, examples)
+        model, vocabulary = load_model(s, stopped) if stopped else new_model(s, start, examples)
+    data.check_cached(examples + val, s)
     model = clipbert.use_machine(s, model)
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
     training = clipbert.Training(s, model, len(examples), stopped, task="pretrain", vocabulary=vocabulary)
@@ -172,7 +165,7 @@ def new_model(s, state, examples):
 
 def load_model(s, state):
     """-> (model, vocabulary) of one of our pretraining checkpoints."""
-    if state.get("task") != "pretrain":
+    if state["task"] != "pretrain":
         raise ValueError(f"{s.eval or s.out}: not a checkpoint of pretrain.py; start from it with --init")
     model = clipbert.ClipBertForPreTraining(clipbert.config_from(state))
     model.load_state_dict(state["model"])
@@ -188,53 +181,46 @@ def load_model(s, state):
 def evaluate(s, model, collate, val):
     """Accuracies in percent, mean losses (MLM's over masked tokens, always), and what could not be read."""
     model.eval()
-    fixed = replace(s, seed=0)
-    dataset = data.ClipDataset(val, fixed, n_clips=1, train=False, draw=data.CaptionDraw(val, s.captions))
+    dataset = data.ClipDataset(val, replace(s, seed=0), n_clips=1, train=False, draw=data.CaptionDraw(val, s.captions))
     own = data.ordered_batches(len(val), s.batch_size)[clipbert.RANK :: clipbert.PROCESSES]  # each process its share
-    sums, errors = Counter(), []
+    words, texts, errors = [], [], []  # (right, loss, of a matching caption) of each masked word; the same of each text
     for batch in data.data_loader(dataset, own, collate, s.workers):
         batch = clipbert.to_device(batch)
         with clipbert.autocast(s):
             mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"])
-        masked = batch["mlm_labels"] != -100  # (B*n, Lt)
-        match = batch["target"] == 1  # (B*n,)
-        right = mlm.argmax(-1) == batch["mlm_labels"]  # (B*n, Lt)
-        counts = {
-            "words": masked.sum(), "words_right": right.sum(),
-            "matched_words": masked[match].sum(), "matched_words_right": right[match].sum(),
-            "texts": len(itm), "matched_texts": match.sum(), "texts_right": (itm.argmax(-1) == batch["target"]).sum(),
-            "mlm": clipbert.mlm_loss(mlm, batch["mlm_labels"]) * masked.sum(),
-            "itm": clipbert.itm_loss(itm, batch["target"]) * len(itm),
-        }  # fmt: skip
-        sums.update({name: float(value) for name, value in counts.items()})
+        match, (text, place) = batch["target"], (batch["mlm_labels"] != -100).nonzero(as_tuple=True)
+        words.append(judge(mlm[text, place], batch["mlm_labels"][text, place], match[text]))
+        texts.append(judge(itm, match, match))
         errors += [line for lines in batch["unreadable"] for line in lines]
-    sums, errors = sum(clipbert.gather(sums), Counter()), [line for lines in clipbert.gather(errors) for line in lines]
-
-    def ratio(a, b, factor=100):
-        return round(factor * sums[a] / max(sums[b], 1), 4)
-
+    parts = clipbert.gather((torch.cat(words), torch.cat(texts), errors))  # from all processes
+    words, texts = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     return {
-        "mlm_accuracy": ratio("words_right", "words"), "mlm_loss": ratio("mlm", "words", 1),
-        "mlm_accuracy_matched": ratio("matched_words_right", "matched_words"),
-        "itm_accuracy": ratio("texts_right", "texts"), "itm_loss": ratio("itm", "texts", 1),
-        "masked_words": int(sums["words"]), "captions": int(sums["texts"]), "matched": int(sums["matched_texts"]),
-    }, errors  # fmt: skip
+        "mlm_accuracy": mean(100 * words[:, 0]), "mlm_loss": mean(words[:, 1]),
+        "mlm_accuracy_matched": mean(100 * words[words[:, 2] == 1, 0]),
+        "itm_accuracy": mean(100 * texts[:, 0]), "itm_loss": mean(texts[:, 1]),
+        "masked_words": len(words), "captions": len(texts), "matched": int(texts[:, 2].sum()),
+    }, [line for part in parts for line in part[2]]  # fmt: skip
+
+
+def judge(scores, labels, match):
+    """(right, loss, match) of each row of scores (n, classes), labels (n,), match (n,) -> (n, 3), on the CPU."""
+    losses = torch.nn.functional.cross_entropy(scores.float(), labels, reduction="none")
+    return torch.stack([scores.argmax(1) == labels, losses, match], dim=1).double().cpu()
+
+
+def mean(values):
+    return round(values.mean().item(), 4) if len(values) else 0.0
 
 
 def run_evaluation(given):
     """--eval: evaluate a checkpoint. The results lie beside it."""
-    state = clipbert.load_checkpoint(given["eval"])
-    if not clipbert.is_ours(state) or "mlm_over" not in state.get("settings", {}):
-        raise ValueError(f"{given['eval']}: not a checkpoint of pretrain.py; start from it with --init")
-    own = {"resume": False, "overwrite": False, "limit": None, "workers": None, "precision": None}  # of that run alone
-    s = clipbert.settle(Settings, [state["settings"], own], given)
-    model, vocabulary = load_model(s, state)
+    s, state = clipbert.load_finished(Settings, given)
     _, val = load_examples(s)
+    model, vocabulary = load_model(s, state)
     model, began = clipbert.use_machine(s, model), time.time()
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
-    folder = Path(given["out"]) if "out" in given else Path(s.eval).parent
     ending = f"-val-{Path(s.data[0]).resolve().name if s.data else 'toy'}"
-    report(s, folder, ending, val, *evaluate(s, model, collate, val), time.time() - began)
+    report(s, Path(s.out), ending, val, *evaluate(s, model, collate, val), time.time() - began)
 
 
 def report(s, folder, ending, val, metrics, errors, seconds):

@@ -72,7 +72,7 @@ def test_annotations_are_those_that_the_results_were_measured_with(toy):
 
 def test_training_and_test_of_tgif_qa_share_no_video(toy):
     for kind in KINDS:
-        train, test = (data.read_tgif_qa(toy / "tgif_qa", kind, split) for split in ("train", "test"))
+        train, test = (data.read_examples(f"tgif_qa_{kind}", toy / "tgif_qa", split) for split in ("train", "test"))
         assert (len(train), len(test)) == (120 if kind == "transition" else 60, 6)
         assert not {e.video for e in train} & {e.video for e in test}
 
@@ -80,20 +80,20 @@ def test_training_and_test_of_tgif_qa_share_no_video(toy):
 def test_no_number_of_a_vqa_photo_stands_for_two(toy):
     """VQA's questions name a photo by its number alone."""
     for split, place in (("train", "train2014"), ("test", "val2014")):
-        examples = data.read_vqa(toy / "vqa", split)
+        examples = data.read_examples("vqa", toy / "vqa", split)
         assert {data.find_media(toy / "vqa", e.video).parent.name for e in examples} == {place}
 
 
 def test_no_caption_fits_two_test_videos(toy):
-    contents = [frozenset(e.text.split()) for e in data.read_msrvtt_retrieval(toy / "msrvtt", "test")]
+    contents = [frozenset(e.text.split()) for e in data.read_examples("msrvtt_retrieval", toy / "msrvtt", "test")]
     assert len(set(contents)) == len(contents) == 20  # the same words: the same shape and actions
 
 
 def test_every_photo_has_all_its_captions(toy):
     """A photo's captions are a closed list: what is not on it is wrong of the photo."""
-    images = data.captioned_images(data.read_captions(toy / "coco_captions", "train"))
+    images = data.caption_groups(data.read_captions(toy / "coco_captions", "train"), 6)
     assert [len(set(image.captions)) for image in images] == [len(data.TOY_CAPTIONS)] * 20
-    others = data.captioned_images(data.read_captions(toy / "coco_captions", "val"))
+    others = data.caption_groups(data.read_captions(toy / "coco_captions", "val"), 6)
     assert not {image.video for image in images} & {image.video for image in others}
 
 
