@@ -46,6 +46,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from tqdm import tqdm
 from transformers import BertConfig, BertForPreTraining, BertModel
 from transformers.models.bert.modeling_bert import BertPreTrainingHeads
+from transformers.utils import logging as transformers_messages
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -288,7 +289,7 @@ def bert_config(cfg):
 def config_of_bert(bert, cfg):
     """cfg with the sizes of a BERT's config.json: with another transformer, all else as it was."""
     if bert.model_type != "bert":
-        raise ValueError(f"--bert: holds a {bert.model_type}; give a BERT")
+        raise ValueError(f"{bert.name_or_path}: holds a {bert.model_type}; give a BERT")
     return replace(
         cfg, vocab_size=bert.vocab_size, hidden_size=bert.hidden_size, layers=bert.num_hidden_layers,
         heads=bert.num_attention_heads, intermediate_size=bert.intermediate_size, activation=bert.hidden_act,
@@ -725,8 +726,11 @@ def start_pretrained(build, s):
     The BERT's config.json sets the transformer's sizes, so that any BERT fits. Its MLM head is taken, too, where it has
     one and the model a place for it. Of the CNN and of bert.* everything must be there: what is not, stops the run.
     """
+    transformers_messages.set_verbosity_error()  # what does not fit is said below, in a line
     try:
-        bert = BertForPreTraining.from_pretrained(s.bert or "bert-base-uncased", output_loading_info=True)
+        bert = BertForPreTraining.from_pretrained(
+            s.bert or "bert-base-uncased", output_loading_info=True, ignore_mismatched_sizes=True
+        )  # fmt: skip
         cnn = load_checkpoint(s.resnet) if s.resnet else hub_resnet(s.backbone)
     except Exception as error:  # the hub raises a dozen kinds of network errors; the remedy is one and the same
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -743,7 +747,8 @@ def start_pretrained(build, s):
     leftovers = "(?!stem|res)" if detector else r"fc\.|.*num_batches"  # heads; and a counter of BatchNorm's training
     tensors = {f"cnn.resnet.{detectron2_name(name)}": torch.as_tensor(value) for name, value in cnn.items()
                if not re.match(leftovers, name)}  # fmt: skip
-    absent = set(info["missing_keys"])  # which from_pretrained has just drawn at random
+    # what from_pretrained has just drawn at random: not in the file, or of another shape there
+    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     tensors |= {name: value for name, value in bert.state_dict().items()
                 if name not in absent and (name.startswith("bert.") or name in model.state_dict())}  # fmt: skip
     report = copy_weights(model, tensors)

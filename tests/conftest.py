@@ -1,9 +1,85 @@
-"""Tests import the project's files from the folder above, wherever pytest is started."""
+"""What the tests share: where the project is, small toy data, and a way to call a script as a user would.
 
+Functions are imported, `from conftest import run`; fixtures are found by their names.
+"""
+
+import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared"  # recorded numbers and real videos that are not part of the project: tests skip
+sys.path.insert(0, str(HERE.parent))  # wherever pytest is started
 torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads would mostly wait for each other
+
+import clipbert
+import data
+import finetune
+import pretrain
+
+
+@pytest.fixture(scope="session")
+def toy_tgif_qa(tmp_path_factory):
+    """Twelve training and six test GIFs, with the questions of all four tasks."""
+    folder = tmp_path_factory.mktemp("toy") / "tgif_qa"
+    data.write_toy_tgif_qa(folder, train=12, test=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_coco(tmp_path_factory):
+    """Twenty training and six validation photos with their six captions each."""
+    folder = tmp_path_factory.mktemp("toy") / "coco_captions"
+    data.write_toy_coco(folder, train=20, val=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_msrvtt(tmp_path_factory):
+    """Twelve training and six test videos."""
+    folder = tmp_path_factory.mktemp("toy") / "msrvtt"
+    data.write_toy_msrvtt(folder, train=12, test=6)
+    return folder
+
+
+def run(script, *arguments):
+    """`python SCRIPT.py ARGUMENTS` in this process; script: the module finetune or pretrain. Errors end in SystemExit."""
+    arguments = [str(argument) for argument in arguments]
+    if script is finetune:
+        given = finetune.parse_arguments(arguments)
+    else:
+        given = clipbert.parse_flags(data.Parser(), pretrain.Settings, arguments)
+    job = "run_prediction" if "predict" in given else "run_evaluation" if "eval" in given else "run_training"
+    clipbert.main(getattr(script, job), given)
+
+
+def failing(capsys, script, *arguments, code=2):
+    """The one line that a run ends in, after checking that it is one line and this exit code."""
+    with pytest.raises(SystemExit) as stop:
+        run(script, *arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == code and len(lines) == 1, lines
+    return lines[0]
+
+
+def metrics(folder, ending=""):
+    """metrics.json of a run; ending: of an evaluation's."""
+    return json.loads((folder / f"metrics{ending}.json").read_text())
+
+
+def lines(path):
+    """A .jsonl file's rows."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(folder, name="last.pt"):
+    """The weights that a run ended with."""
+    return clipbert.load_checkpoint(folder / name)["model"]
+
+
+def settings(script=finetune, **changes):
+    """A Settings object without a command line: small frames, read in this process, computed in float32."""
+    return script.Settings(**{"size": 64, "workers": 0, "precision": "fp32", **changes})
