@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import clipbert
+import data
 import finetune
 
 FORK = multiprocessing.get_context("fork")  # processes that need not import everything again
@@ -19,7 +20,11 @@ def job(script, arguments, log, before):
     """What a started process does: training, its output in a file."""
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     before()
-    clipbert.main(script.run_training, script.parse_arguments(arguments))
+    if script is finetune:
+        given = finetune.parse_arguments(arguments)
+    else:
+        given = clipbert.parse_flags(data.Parser(), script.Settings, arguments)
+    clipbert.main(script.run_training, given)
 
 
 def start(folder, out, *more, before=lambda: None, script=finetune):
@@ -39,7 +44,7 @@ def finish(process):
 def resume(folder, out, *more):
     """Go on, with or without a checkpoint, as someone would who finds the folder."""
     found = any((Path(out) / name).exists() for name in ("last.pt", "previous.pt"))
-    return finish(start(folder, out, *more, *(["--resume"] if found else [])))
+    return finish(start(folder, out, *more, "--resume" if found else "--overwrite"))
 
 
 def errors(out):
