@@ -343,7 +343,7 @@ def agree_part(steps=100, batch_size=None):
 
 
 # -------------------------------------------------- retrieval
-def retrieval_run(folder):
+def retrieval_model(folder):
     """A tiny model (CHECKPOINT's, or one that has learned for a step) and 200 toy videos, each with a caption."""
     data.write_toy_msrvtt(folder, train=100, test=100, seed=1)  # there are not 200 test videos that all differ
     given = ["--task", "msrvtt_retrieval", "--data", str(folder)]
@@ -353,38 +353,38 @@ def retrieval_run(folder):
         with redirect_stdout(StringIO()):
             finetune.run_training(finetune.parse_arguments([*given, *small]))
         checkpoint = str(folder / "run" / "best.pt")
-    run, model = finetune.load_for_use(finetune.parse_arguments([*given, "--eval", checkpoint]))
-    examples = [e for split in ("test", "train") for e in data.read_msrvtt_retrieval(folder, split)]
-    return run, model.eval(), list({e.video: e for e in examples}.values())
+    s, model, collate, _ = finetune.load_for_use(finetune.parse_arguments([*given, "--eval", checkpoint]))
+    examples = [e for split in ("test", "train") for e in data.read_examples(s.task, folder, split)]
+    return s, model.eval(), collate, list({e.video: e for e in examples}.values())
 
 
 @torch.no_grad()
-def reference_order(run, model, texts, videos, n_clips, batch_size):
+def reference_order(s, model, collate, texts, videos, n_clips, batch_size):
     """For each video, for each mini-batch of captions: all clips, one after the other, CNN and transformer."""
-    tokens, s, device = run.tokenizer(texts, padding=True, return_tensors="pt"), run.settings, "cuda" if GPU else "cpu"
+    tokens = collate.tokenizer(texts, padding=True, return_tensors="pt")
     scores = torch.zeros(len(texts), len(videos), dtype=torch.float64)
     for column, example in enumerate(videos):
-        path = data.find_media(run.folder, example.video)
-        frames = data.read_clips(path, n_clips, s["frames"], s["fps"], s["size"], False)[None].to(device)
+        frames = data.read_clips(example.path, n_clips, s.frames, s.fps, s.size, False)[None].to(clipbert.DEVICE)
         for b in range(0, len(texts), batch_size):
             rows = slice(b, b + batch_size)
-            text = (tokens[k][rows].to(device) for k in ("input_ids", "attention_mask"))
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=GPU):
-                p = clipbert.aggregate_clips(plain_logits(model, frames, *text).float(), s["agg"])
-            scores[rows, column] = clipbert.match_score(p).cpu().double()
+            text = (tokens[k][rows].to(clipbert.DEVICE) for k in ("input_ids", "attention_mask"))
+            with clipbert.autocast(s):
+                p = clipbert.aggregate_clips(plain_logits(model, frames, *text).double(), s.agg)
+            scores[rows, column] = clipbert.match_score(p).cpu()
     return scores
 
 
-def our_order(run, model, texts, videos, n_clips, rerank=None):
-    return finetune.score_pairs(run, model, texts, finetune.encode_videos(run, model, videos, n_clips)[0], rerank)
+def our_order(s, model, collate, texts, videos, n_clips, rerank=None):
+    grids, _ = finetune.encode_videos(s, model, collate, videos, n_clips)
+    return finetune.score_pairs(s, model, collate, texts, grids, rerank)
 
 
 def retrieval_part(n_clips=16):
     """Every caption against every video. The reference's order is linear in the videos: timed on a single one."""
     with tempfile.TemporaryDirectory() as folder:
-        run, model, examples = retrieval_run(Path(folder))
+        *ready, examples = retrieval_model(Path(folder))
         texts = [e.text for e in examples]
-        work = run, model, texts, examples[:1], n_clips
+        work = *ready, texts, examples[:1], n_clips
         jobs = {f"reference's order, {size:2} captions a pass": partial(reference_order, *work, size)
                 for size in (16, 4, 64)}  # 16: the batch size of this task  # fmt: skip
         seconds = measure(jobs | {"ours: the CNN once": partial(our_order, *work)}, repeats=3)
@@ -393,7 +393,7 @@ def retrieval_part(n_clips=16):
         pairs, seconds = int(os.environ.get("PAIRS") or (200 if GPU else 48)), {}
         for K in (pairs, pairs * 3 // 10, pairs // 5, pairs // 10):
             began = time.perf_counter()
-            scores = our_order(run, model, texts[:pairs], examples[:pairs], n_clips, K)
+            scores = our_order(*ready, texts[:pairs], examples[:pairs], n_clips, K)
             runs, metrics = [time.perf_counter() - began], finetune.retrieval_metrics(scores, range(pairs))
             recalls = " and ".join(f"{metrics[way]['r1']:.1f}" for way in ("text_to_video", "video_to_text"))
             seconds[f"--rerank {K}: R@1 {recalls}"] = runs

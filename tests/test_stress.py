@@ -19,12 +19,12 @@ def test_damaged_annotations_are_read_as_they_stand_or_refused_in_one_line():
 
 
 def whole_files(folder, layout):
-    for file, content in stress.LAYOUTS[layout][3].items():
+    for file, content in stress.LAYOUTS[layout][-1].items():
         (folder / file).write_text(content, encoding="utf-8", newline="")
 
 
 @pytest.mark.parametrize("layout", stress.LAYOUTS)
-def test_every_layout_is_read_as_its_oracle_reads_it(layout, tmp_path):
+def test_every_layout_is_read_as_a_naive_reading_has_it(layout, tmp_path):
     whole_files(tmp_path, layout)
     assert stress.judge_annotation(tmp_path, layout) == "examples"
 
@@ -41,8 +41,8 @@ WRONG_LABELS = {  # what the judge must notice: a reader that ... (video, text, 
 
 @pytest.mark.parametrize("wrong", WRONG_LABELS)
 def test_the_judge_notices_a_reader_that(wrong, tmp_path, monkeypatch):
-    def read(folder, split):
-        return WRONG_LABELS[wrong](list(map(facts, data.LAYOUTS["tgif_qa_action"].read(folder, split=split))))
+    def read(*asked):
+        return WRONG_LABELS[wrong](list(map(facts, data.read_examples(*asked))))
 
     facts = stress.facts
     monkeypatch.setattr(stress, "facts", lambda fact: fact)
