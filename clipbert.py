@@ -19,10 +19,11 @@ tokens, an h x w grid (h = w = L / 64; tiny: L / 16), d hidden units, K scores, 
 The optimizer and its learning rate follow. There, at a line of #, the paper's part ends; the rest serves both scripts.
 """
 
-import errno
+import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -30,22 +31,20 @@ import traceback
 import warnings
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 from tqdm import tqdm
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForPreTraining, BertModel
 from transformers.models.bert.modeling_bert import BertPreTrainingHeads
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,6 +73,8 @@ class ClipBertConfig:
     heads: int = 12
     intermediate_size: int = 3072
     vocab_size: int = 30522
+    positions: int = 512  # the longest text
+    activation: str = "gelu"  # BERT's: x times the normal distribution's share below x, by erf
     dropout: float = 0.1  # embeddings, attention, sublayer outputs, pooled vector; none in the CNN or inside the MLP
     init_std: float = 0.02  # of Linear and Embedding weights
     layer_norm_eps: float = 1e-12
@@ -119,8 +120,6 @@ class GridFeatures(nn.Module):
     (stride 8, so 16 in all), since a 64-pixel toy frame would otherwise end in a single grid cell.
     """
 
-    chunk = None  # how many frames at a time, when memory is short; None: all of them
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -158,20 +157,13 @@ class GridFeatures(nn.Module):
     def forward(self, frames):
         """(B, T, 3, L, L) uint8 or float RGB 0..255 -> grid features (B, T, h, w, d).
 
-        In chunks, the backward pass runs each chunk's forward again: only one chunk's activations are in memory.
+        Of the frozen stages autograd keeps nothing for the backward pass, as no input of theirs needs a gradient.
         """
-        features = self.features
-        if self.chunk and torch.is_grad_enabled():
-            features = partial(checkpoint, self.features, use_reentrant=False, preserve_rng_state=False)
-        parts = frames.flatten(0, 1).split(self.chunk or frames.shape[0] * frames.shape[1])
-        x = torch.cat([features(part) for part in parts])  # (B*T, h, w, d)
+        x = frames.flatten(0, 1)  # (B*T, 3, L, L): the CNN knows neither clips nor time
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+        x = self.resnet(self.normalize(x))  # (B*T, 2048, L/32, L/32); resnet18: 512 channels; tiny: 128, L/8
+        x = self.grid_encoder(x).permute(0, 2, 3, 1)  # (B*T, h, w, d)
         return x.unflatten(0, frames.shape[:2])
-
-    def features(self, frames):
-        """(F, 3, L, L) -> (F, h, w, d). Of the frozen stages autograd keeps nothing, as no input needs a gradient."""
-        x = frames.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
-        x = self.resnet(self.normalize(x))  # (F, 2048, L/32, L/32); resnet18: 512 channels; tiny: (F, 128, L/8, L/8)
-        return self.grid_encoder(x).permute(0, 2, 3, 1)  # (F, h, w, d)
 
 
 class FrozenNorm(FrozenBatchNorm2d):
@@ -286,9 +278,21 @@ def bert_config(cfg):
     """The same sizes in the words of transformers."""
     return BertConfig(
         vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads, intermediate_size=cfg.intermediate_size, hidden_act="gelu",
+        num_attention_heads=cfg.heads, intermediate_size=cfg.intermediate_size, hidden_act=cfg.activation,
+        max_position_embeddings=cfg.positions,
         hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout, initializer_range=cfg.init_std,
         layer_norm_eps=cfg.layer_norm_eps, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+def config_of_bert(bert, cfg):
+    """cfg with the sizes of a BERT's config.json: with another transformer, all else as it was."""
+    if bert.model_type != "bert":
+        raise ValueError(f"--bert: holds a {bert.model_type}; give a BERT")
+    return replace(
+        cfg, vocab_size=bert.vocab_size, hidden_size=bert.hidden_size, layers=bert.num_hidden_layers,
+        heads=bert.num_attention_heads, intermediate_size=bert.intermediate_size, activation=bert.hidden_act,
+        positions=bert.max_position_embeddings, layer_norm_eps=bert.layer_norm_eps,
     )  # fmt: skip
 
 
@@ -309,9 +313,14 @@ class ClipBert(VideoTextEncoder):
         nn.init.normal_(self.classifier[-1].weight, std=0.02)
 
     def classify(self, grid, input_ids, attention_mask):
-        """grid (B, T, h, w, d), input_ids (B*n, Lt) -> (B*n, num_outputs)."""
+        """grid (B, T, h, w, d), input_ids (B*n, Lt) -> (B*n, num_outputs), float32.
+
+        The head is computed in float32 under autocast, too: bf16 knows three digits, with which most of 1,000 videos
+        would share their score with another, and a tie for the first place counts as not found.
+        """
         _, pooled = self.fuse(grid, input_ids, attention_mask)
-        return self.classifier(self.dropout(pooled))
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.classifier(self.dropout(pooled.float()))
 
     def forward(self, frames, input_ids, attention_mask):
         """p_i = H(F_v(c_i), F_l(S)) for one clip of each video (paper, section 3).
@@ -387,7 +396,6 @@ def video_loss(p, target, kind):
         answer   p (B, K) scores of all answers, target (B,) index: cross entropy
         soft     p (B, K), target (B, K) in 0..1 (VQA): binary cross entropy, times K (so: summed over the answers)
         match    p (B*n, 2), target (B*n,) 1 for a video's own caption: cross entropy (retrieval)
-        rank     p (B*n, 1), each video's own caption first: `rank_loss` (retrieval)
         count    p (B, 1), target (B,): squared error
     """
     if kind == "choice":
@@ -399,27 +407,15 @@ def video_loss(p, target, kind):
     if kind == "soft":
         target = F.pad(target, (0, p.shape[1] - target.shape[1]))  # outputs beyond the list of answers are never right
         return F.binary_cross_entropy_with_logits(p, target) * p.shape[1]
-    if kind == "rank":
-        return rank_loss(p.squeeze(1), target)
     raise ValueError(f"unknown kind of answer {kind!r}")
 
 
-def rank_loss(p, target, margin=0.2):
-    """Rank a video's own caption above wrong ones by a margin.
-
-        loss = mean of max(0, margin + sigmoid(p_wrong) - sigmoid(p_own))
-
-    p, target (B*n,): 1 for a video's own caption, then 0 for wrong ones.
-    """
-    scores = p.sigmoid()
-    own = (torch.arange(len(p), device=p.device) * target).cummax(0).values  # where each row's own caption is
-    excess = (margin + scores - scores[own]).clamp(min=0) * (1 - target)
-    return excess.sum() / (1 - target).sum()  # all on the device: nothing waits for a number
-
-
 def match_score(p):
-    """How well a caption fits a video, 0..1: p (B, 2) or, of the rank loss, (B, 1) -> (B,)."""
-    return p.softmax(1)[:, 1] if p.shape[1] == 2 else p.sigmoid()[:, 0]
+    """How well a caption fits a video: p (B, 2) -> probabilities (B,).
+
+    In float64: as float32, all probabilities from a difference of 17 on would be 1, and 1,000 videos could not be ranked.
+    """
+    return p.double().softmax(1)[:, 1]
 
 
 def mlm_loss(scores, labels, over="masked", text_length=30):
@@ -498,48 +494,158 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
 
 
 ########################################################################################################################
-# Here the paper's part ends. What follows serves both scripts: weights and checkpoints, and all that surrounds a
-# training loop (flags, several GPUs, the log, how a run stops and goes on, errors).
+# Here the paper's part ends. What follows serves both scripts: settings and flags, weights and checkpoints, and what
+# surrounds a training loop (several GPUs, precision, the log, how a run stops and goes on, errors).
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights in, checkpoints out
+# Settings: every number of a run stands once, with its meaning, and its flag is made from that
 
 
-class LoadReport(NamedTuple):
-    """What became of every tensor."""
-
-    loaded: list  # names in the model that now hold a value of the file
-    missing: list  # names in the model that the file has no value for: they keep their initial values
-    unexpected: list  # names in the file that the model has no place for
-    unused: list  # names in the file that are known leftovers (detectron2's detection heads)
-    mismatched: list  # "name: shape in the file, shape in the model": not loaded
-
-    def __str__(self):
-        counts = ", ".join(f"{len(value)} {name}" for name, value in self._asdict().items() if value)
-        names = [f"  {k}: {', '.join(v[:6])}{', ...' if len(v) > 6 else ''}"
-                 for k, v in self._asdict().items() if v and k not in ("loaded", "unused")]  # fmt: skip
-        return "\n".join([f"weights: {counts}", *names])
+def setting(default, meaning, **flag):
+    """A field of Settings; flag: what argparse, or (from low to high) data.Parser.numbers, wants to know besides."""
+    return field(default=default, metadata={"help": meaning, **flag})
 
 
-def copy_weights(model, tensors, unused=()):
-    """Copy {name: tensor} into the model, checking every shape. -> LoadReport; ValueError if not one tensor fits."""
+@dataclass
+class Settings:
+    """What both scripts can be told; theirs add their own. All of it is stored in every checkpoint.
+
+    The order in which a value is decided, the last one wins: the default here; the task's row (the paper's); the tiny
+    model's changes; the checkpoint, with --eval and --resume; the command line.
+    """
+
+    # where
+    data: tuple = setting(None, "folders of the data set (default: the toy data, in toy_data/)", nargs="+")
+    out: str = setting(None, "where to write (default: a new folder in runs/)", metavar="DIR")
+    overwrite: bool = setting(False, "write into an --out that holds a run, and lose that run")
+    resume: bool = setting(False, "go on from the newest whole checkpoint in --out (default: the newest run)")
+    eval: str = setting(None, "only evaluate this checkpoint of ours", metavar="CKPT")
+    # which model, and what it starts from
+    model: str = setting("tiny", "with --init: the checkpoint's", choices=["tiny", "base"])
+    backbone: str = setting("resnet50", "of base: the CNN (the paper's: resnet50)", choices=["resnet50", "resnet18"])
+    init: str = setting(None, "start from this checkpoint, ours or the official one", metavar="CKPT")
+    resnet: str = setting(None, "base: torchvision's weights of it (default: the hub's)", metavar="FILE")
+    bert: str = setting(None, "base: any BERT, a folder or a name of the hub's; it sets the transformer's sizes "
+                        "(default: bert-base-uncased)")  # fmt: skip
+    scratch: bool = setting(False, "base: start from random weights")
+    # what it sees
+    size: int = setting(448, "L, pixels", low=16, high=64 * VisualEmbedding.MAX_GRID)
+    fps: float = setting(1.0, "a clip of T frames spans T / fps seconds", low=0.001, high=1000)
+    frames: int = setting(1, "T, frames of a clip", high=256)
+    text_length: int = setting(30, "Lt at most, [CLS] and [SEP] included", low=3, high=512)
+    limit: int = setting(None, "use only the first so many examples or images of each split")
+    allow_missing: bool = setting(False, "leave out in training what has no video; in testing it counts as wrong")
+    cache: bool = setting(False, "take frames from the small files that `python data.py cache` wrote")
+    blind: bool = setting(False, "zero all frames: what can be guessed from the text alone?")
+    # how it learns
+    batch_size: int = setting(16, "videos at a time, on each GPU")
+    grad_accum: int = setting(2, "... and how many such batches to an update")
+    epochs: int = setting(15, "how often each example is seen")
+    max_steps: int = setting(None, "end the schedule after so many updates, whatever --epochs says")
+    lr: float = setting(5e-5, "the learning rate's peak", low=0, high=1)
+    weight_decay: float = setting(1e-3, "of AdamW, not on biases and LayerNorm", low=0, high=1)
+    clip_grad: float = setting(5.0, "the gradient's largest norm", low=1e-6)
+    seed: int = setting(0, "of all that is random", low=0, high=2**32 - 1)
+    # on which machine
+    precision: str = setting(None, "default: bf16, fp16 on older GPUs, fp32 on a CPU", choices=["bf16", "fp16", "fp32"])
+    workers: int = setting(None, "processes that read videos (default: one a core of a GPU machine, at most 8; on a "
+                           "CPU a core less than there are, at most 4)", low=0, high=256)  # fmt: skip
+    save_every: int = setting(500, "steps between checkpoints")
+    debug: bool = setting(False, "show the traceback of an error")
+
+
+# What a resumed run may be told anew: how long, where, and how this machine computes. All else is the checkpoint's.
+RESUMABLE = {"resume", "epochs", "max_steps", "out", "workers", "save_every", "precision", "debug"}
+
+
+def parse_flags(parser, settings, arguments=None):
+    """The values that the command line gives, {name: value}; a flag for each field of `settings`, a dataclass."""
+    for f in fields(settings):
+        how = dict(f.metadata, default=argparse.SUPPRESS)
+        if f.default not in (None, False):
+            how["help"] += f" (default: {f.default})"
+        if f.type in (int, float) or "high" in how:
+            parser.numbers(f"--{f.name}", kind=float if f.type is float else int, **how)
+        elif f.type is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", **how)
+        else:
+            parser.add_argument(f"--{f.name}", **how)
+    given = vars(parser.parse_args(arguments))
+    if sum(name in given for name in ("init", "resume", "eval")) > 1:
+        parser.error("--init, --resume and --eval exclude each other; choose one")
+    if given.get("model") != "base" and not {"resume", "eval"} & given.keys():
+        for name in {"backbone", "resnet", "scratch", "bert"} & given.keys() - ({"bert"} if "init" in given else set()):
+            parser.error(f"--{name} is for --model base; add that, or leave it out")
+    return given
+
+
+def settle(settings, row, given):
+    """An object of the dataclass `settings`: its defaults, changed by the row, then by the flags."""
+    if "epochs" in given:
+        row = row | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
+    return settings(**row | given)
+
+
+def check_size(s, cfg):
+    """Whether the model's grid has a place for every cell of such frames."""
+    largest = VisualEmbedding.MAX_GRID * cfg.stride
+    if not cfg.stride <= s.size <= largest:
+        raise ValueError(f"--size {s.size}: this model's grid takes {cfg.stride} to {largest} pixels")
+    if s.text_length > cfg.positions:
+        raise ValueError(f"--text_length {s.text_length}: this BERT has {cfg.positions} positions")
+
+
+def new_folder(s, name):
+    """Where a new run writes: s.out, if it holds no run; without --out the next free one of runs/NAME, NAME-2, ...
+
+    Nothing of a user's is ever overwritten in silence.
+    """
+    def holds_run(folder):
+        return any((Path(folder) / file).exists() for file in ("config.json", "last.pt", "best.pt"))
+
+    if s.out is None:
+        name = f"runs/{name}{'_blind' if s.blind else ''}"
+        s.out = next(out for out in (name, *(f"{name}-{i}" for i in count(2))) if not holds_run(out))
+        print(f"writing to {s.out}")
+    elif holds_run(s.out) and not s.overwrite:
+        raise ValueError(f"{s.out}: holds a run; choose another --out, go on with --resume, or lose it by --overwrite")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights in
+
+
+def copy_weights(model, tensors):
+    """Copy {name: tensor} into the model, checking every shape. -> a report: lists of names by what became of them.
+
+    loaded; missing: in the model only, keep their initial values; unexpected: in the file only; mismatched: of another
+    shape. ValueError if not one tensor fits.
+    """
     own = model.state_dict(keep_vars=True)
-    report = LoadReport([], [], [], list(unused), [])
+    report = {"loaded": [], "missing": [name for name in own if name not in tensors], "unexpected": [], "mismatched": []}
     with torch.no_grad():
         for name, value in tensors.items():
             if name not in own:
-                report.unexpected.append(name)
+                report["unexpected"].append(name)
             elif own[name].shape != value.shape:
-                report.mismatched.append(f"{name}: {tuple(value.shape)}, {tuple(own[name].shape)}")
+                report["mismatched"].append(f"{name} {tuple(value.shape)}, here {tuple(own[name].shape)}")
             else:
                 own[name].copy_(value)
-                report.loaded.append(name)
-    report.missing.extend(name for name in own if name not in tensors)
-    if not report.loaded:
+                report["loaded"].append(name)
+    if not report["loaded"]:
         raise ValueError(f"no tensor of this file fits the model (the file has {', '.join(list(tensors)[:3])} ...)")
     return report
+
+
+def describe(report):
+    """The report in a few lines; what stays at random is named, part by part."""
+    parts = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in report["missing"]))
+    lines = [", ".join(f"{len(names)} tensors {what}" for what, names in report.items() if names)]
+    lines += [f"  {what}: {', '.join(report[what][:6])}{', ...' * (len(report[what]) > 6)}"
+              for what in ("unexpected", "mismatched") if report[what]]  # fmt: skip
+    return "\n".join(lines + [f"  at random: {', '.join(parts)}"] * bool(parts))
 
 
 def official_name(name):
@@ -549,19 +655,23 @@ def official_name(name):
     if name == "transformer.bert.visual_embeddings.position_embeddings.weight":
         return None  # one-dimensional positions that the 2-D ones replaced
     if name.startswith("cnn.feature.backbone."):
-        name = name.removeprefix("cnn.feature.backbone.").removeprefix("stem.")
-        for stage in (2, 3, 4, 5):
-            name = name.replace(f"res{stage}.", f"layer{stage - 1}.")
-        name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
-        for i in (1, 2, 3):
-            name = name.replace(f"conv{i}.norm.", f"bn{i}.")
-        return "cnn.resnet." + name
+        return "cnn.resnet." + detectron2_name(name.removeprefix("cnn.feature.backbone."))
     name = name.replace("transformer.bert.visual_embeddings.", "visual_embeddings.")
     return name.removeprefix("transformer.")  # bert.*, classifier.*, cls.*; cnn.grid_encoder.* keeps its name
 
 
+def detectron2_name(name):
+    """detectron2's names of a ResNet's weights -> torchvision's; others stay."""
+    for old, new in (("stem.", ""), ("res2.", "layer1."), ("res3.", "layer2."), ("res4.", "layer3."),
+                     ("res5.", "layer4."), ("shortcut.norm.", "downsample.1."), ("shortcut.", "downsample.0."),
+                     ("conv1.norm.", "bn1."), ("conv2.norm.", "bn2."), ("conv3.norm.", "bn3.")):  # fmt: skip
+        name = name.replace(old, new)
+    return name
+
+
 def load_official_checkpoint(model, checkpoint):
-    """Copy the official checkpoint (a flat state dict of 495 keys, or its path) into a model. -> LoadReport.
+    """Copy the official checkpoint (a flat state dict of 495 keys, or its path) into a model. -> a report, in which
+    "unused" names the known leftovers.
 
     Build the model with `ClipBertConfig.official()`: these weights expect BGR pixels and caffe strides.
     """
@@ -570,65 +680,87 @@ def load_official_checkpoint(model, checkpoint):
     if backbone and not (model.cfg.caffe_strides and model.cfg.bgr):
         warnings.warn("official weights in a model that was not built with ClipBertConfig.official()", stacklevel=2)
     names = {name: official_name(name) for name in tensors}
-    return copy_weights(
-        model,
-        {new: tensors[name] for name, new in names.items() if new is not None},
-        unused=[name for name, new in names.items() if new is None],
-    )
+    report = copy_weights(model, {new: tensors[name] for name, new in names.items() if new})
+    return report | {"unused": [name for name, new in names.items() if not new]}
 
 
-def start_model(build, args, text_vocabulary, bert_vocabulary):
-    """A new model and its vocabulary: from --init, from ImageNet and BERT, or at random (both scripts' flags).
+def model_name(given, state):
+    """tiny or base: what --model says, or what the checkpoint of --init, ours or the official one, holds."""
+    if not state:
+        return given.get("model", "tiny")
+    backbone = config_from(state).backbone if "config" in state else "resnet50"
+    held = {"model": "tiny" if backbone == "tiny" else "base", "backbone": backbone}
+    for flag in held.keys() & given.keys():
+        if given[flag] != held[flag]:
+            raise ValueError(f"{given['init']}: a checkpoint of {held[flag]}; leave out --{flag} {given[flag]}")
+    return held["model"]
+
+
+def start_model(build, s, state, text_vocabulary, bert_vocabulary):
+    """A new model and its vocabulary: from a checkpoint's state (--init), from ImageNet and BERT, or at random.
 
     build: config -> model. text_vocabulary(), bert_vocabulary(): lists of tokens, made only if they are needed.
     """
-    state = load_checkpoint(args.init) if args.init else None
-    if state and args.model == ("base" if "config" in state and config_from(state).backbone == "tiny" else "tiny"):
-        raise ValueError(f"{args.init}: not a checkpoint of the {args.model} model; leave out --model {args.model}")
-    if state and args.backbone not in (None, config_from(state).backbone if "config" in state else "resnet50"):
-        raise ValueError(f"{args.init}: not a checkpoint on {args.backbone}; leave out --backbone {args.backbone}")
-    base = replace(ClipBertConfig.base(), backbone=args.backbone or "resnet50")
-    if state and "config" in state:  # a checkpoint of ours brings its own sizes and vocabulary
+    if state and "config" in state:  # one that our training wrote brings its own sizes and vocabulary
         model, vocabulary = build(config_from(state)), state["vocabulary"]
-        print(f"{args.init}: {copy_weights(model, state['model'])}")
-    elif state:
-        model = build(ClipBertConfig.official())
-        print(f"{args.init}: {load_official_checkpoint(model, state)}")
-        vocabulary = bert_vocabulary()
-    elif args.model == "base" and not args.scratch:
-        model = build(base)
-        print(load_pretrained(model, args.resnet, args.bert))
-        vocabulary = bert_vocabulary()
-    else:
+        print(f"{s.init}: {describe(copy_weights(model, state['model']))}")
+    elif state:  # the official layout
+        model, vocabulary = build(ClipBertConfig.official()), bert_vocabulary()
+        print(f"{s.init}: {describe(load_official_checkpoint(model, state))}")
+    elif s.model == "base" and not s.scratch:
+        model, vocabulary = start_pretrained(build, s), bert_vocabulary()
+    else:  # random weights: nothing to protect, so nothing is frozen
         vocabulary = text_vocabulary()
-        cfg = base if args.model == "base" else ClipBertConfig.tiny()
-        model = build(replace(cfg, vocab_size=len(vocabulary), frozen_stages=0))  # random weights: nothing to protect
+        cfg = replace(ClipBertConfig.base(), backbone=s.backbone) if s.model == "base" else ClipBertConfig.tiny()
+        model = build(replace(cfg, vocab_size=len(vocabulary), frozen_stages=0))
     return model, vocabulary
 
 
-def load_pretrained(model, resnet=None, bert=None):
-    """Start `base()` from an ImageNet ResNet and bert-base-uncased, as the paper does before its own pretraining.
+def start_pretrained(build, s):
+    """`base()` from an ImageNet ResNet and a BERT, as the paper does before its own pretraining.
 
-    resnet: torchvision's state-dict file; bert: a folder with config.json and weights; None: the hub's. -> LoadReport.
+    The BERT's config.json sets the transformer's sizes, so that any BERT fits. Its MLM head is taken, too, where it has
+    one and the model a place for it. Of the CNN and of bert.* everything must be there: what is not, stops the run.
     """
     try:
-        if resnet:
-            cnn = load_checkpoint(resnet)
-        else:
-            cnn = torchvision.models.get_model(model.cfg.backbone, weights="IMAGENET1K_V1").state_dict()
-        language = BertModel.from_pretrained(bert or "bert-base-uncased", add_pooling_layer=True).state_dict()
+        bert = BertForPreTraining.from_pretrained(s.bert or "bert-base-uncased", output_loading_info=True)
+        cnn = load_checkpoint(s.resnet) if s.resnet else hub_resnet(s.backbone)
     except Exception as error:  # the hub raises a dozen kinds of network errors; the remedy is one and the same
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(
-            f"no starting weights ({reason}). Choose: "
-            f"--resnet FILE (torchvision's {model.cfg.backbone}-*.pth) and --bert DIR (a bert-base-uncased folder) "
-            "where there is no network; --init CKPT (a ClipBERT checkpoint); --scratch (random weights); --model tiny"
+            f"no starting weights ({reason}): where there is no network, give --resnet FILE (torchvision's "
+            f"{s.backbone}-*.pth) and --bert DIR (a BERT's folder), --init CKPT, or --scratch"
         ) from error
-    cnn = {f"cnn.resnet.{k}": v for k, v in cnn.items() if not k.startswith("fc.") and "num_batches" not in k}
-    report = copy_weights(model, cnn | {f"bert.{k}": v for k, v in language.items()})
-    if any(name.startswith("cnn.") for name in report.mismatched + report.unexpected):
-        raise ValueError(f"{resnet}: not a {model.cfg.backbone}; give torchvision's {model.cfg.backbone}-*.pth")
-    return report
+    bert, info = bert
+    cnn = {name.removeprefix("backbone."): value for name, value in cnn.items()}
+    cfg = ClipBertConfig.base()
+    if detector := any(name.startswith("res2.") for name in cnn):  # detectron2's layout: what the reference starts from
+        cfg = ClipBertConfig.official()
+    model = build(config_of_bert(bert.config, replace(cfg, backbone=s.backbone)))
+    leftovers = "(?!stem|res)" if detector else r"fc\.|.*num_batches"  # heads; and a counter of BatchNorm's training
+    tensors = {f"cnn.resnet.{detectron2_name(name)}": torch.as_tensor(value) for name, value in cnn.items()
+               if not re.match(leftovers, name)}  # fmt: skip
+    absent = set(info["missing_keys"])  # which from_pretrained has just drawn at random
+    tensors |= {name: value for name, value in bert.state_dict().items()
+                if name not in absent and (name.startswith("bert.") or name in model.state_dict())}  # fmt: skip
+    report = copy_weights(model, tensors)
+    wrong = report["unexpected"] + report["mismatched"] + [n for n in report["missing"] if n.startswith("cnn.resnet.")]
+    if any(name.startswith("cnn.") for name in wrong):
+        raise ValueError(f"{s.resnet}: not a {s.backbone}; give torchvision's {s.backbone}-*.pth")
+    wrong += [name for name in report["missing"] if name.startswith("bert.") and "pooler" not in name]
+    if wrong:
+        raise ValueError(f"{s.bert}: not a whole BERT ({wrong[0]}); give another folder or name")
+    print(f"{s.resnet or s.backbone}, {s.bert or 'bert-base-uncased'}: {describe(report)}")
+    return model
+
+
+def hub_resnet(backbone):
+    """torchvision's weights, trained on ImageNet."""
+    return torchvision.models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: written whole or not at all, read without running code
 
 
 @contextmanager
@@ -655,23 +787,14 @@ def whole_file(path, previous=None):
         cause = (isinstance(error, RuntimeError) and error.__context__) or error
         if not isinstance(cause, OSError):
             raise cause from None
-        raise OSError(f"{path}: not written ({cause.strerror or cause}): make room or choose another --out; what was "
-                      "saved before is still there, and --resume goes on from it") from error  # fmt: skip
-
-
-def save_checkpoint(path, state, previous=None):
-    """Tensors and plain values, by the first process."""
-    if RANK:
-        return
-    with whole_file(path, previous) as file:
-        torch.save(state, file)
+        raise OSError(f"{path}: not written ({cause.strerror or cause}): make room or choose another --out") from error
 
 
 def write_text(path, text):
-    if RANK:
-        return
-    with whole_file(path) as file:
-        file.write(text.encode())
+    """By the first process alone."""
+    if not RANK:
+        with whole_file(path) as file:
+            file.write(text.encode())
 
 
 def load_checkpoint(path):
@@ -683,34 +806,11 @@ def load_checkpoint(path):
     except OSError as error:
         raise ValueError(f"{path}: no such checkpoint ({error.strerror}); give a file that training wrote") from None
     except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
-        raise ValueError(
-            f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}). Code in a pickle "
-            "never runs: copy the file again, or have its state dict saved alone"
-        ) from None
+        raise ValueError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}); copy "
+                         "the file again, or have its state dict saved alone") from None  # fmt: skip
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")  # noqa: TRY004
     return state
-
-
-def load_stopped(args, task):
-    """--resume: the newest whole checkpoint in args.out. Its seed and --blind are also the resumed run's."""
-    problems = []
-    for path in (args.out / "last.pt", args.out / "previous.pt"):
-        try:
-            state = load_checkpoint(path)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if "optimizer" not in state:
-            raise ValueError(f"{path}: holds no optimizer, so it can't go on; start from it with --init")
-        for problem in problems:
-            print(f"note: {problem}; taking the one before it")
-        if state.get("task") != task:
-            raise ValueError(f"{path}: a checkpoint of {state.get('task')}, which can't go on as {task}")
-        args.seed, args.blind = state["seed"], state["blind"]
-        print(f"resuming from {path}, step {state['step']}")
-        return state
-    raise ValueError(f"{problems[0]}: nothing to go on from; start anew without --resume")
 
 
 def config_from(state):
@@ -722,71 +822,65 @@ def config_from(state):
         raise ValueError("the checkpoint's config is not one of ClipBERT's; give one that our training wrote") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the two scripts share: flags, several GPUs, the device, the log, one training run, errors in one line
+def begin(settings, given, name, row):
+    """-> (s, what a new model starts from, what a stopped run goes on from): the settings and --init's, --resume's
+    checkpoint or None. row(model): what the task has instead of the defaults."""
+    if "resume" in given:
+        s, stopped = load_stopped(settings, given, name)
+        return s, None, stopped
+    start = load_checkpoint(given["init"]) if "init" in given else None
+    model = model_name(given, start)
+    s = settle(settings, row(model) | {"model": model}, given)
+    new_folder(s, name)
+    return s, start, None
 
-# -------------------------------------------------- flags
-def add_flags(parser):
-    """The flags that fine-tuning and pretraining have in common. Hyper-parameters default to the script's settings.
 
-    parser: a data.Parser, whose numbers() refuses what is out of range.
+def load_finished(settings, given):
+    """--eval: (s, state) of a checkpoint of ours, with its settings where no flag says otherwise."""
+    state = load_checkpoint(given["eval"])
+    if not {"task", "settings"} <= state.keys() or set(state["settings"]) != {f.name for f in fields(settings)}:
+        raise ValueError(f"{given['eval']}: not a checkpoint that this script has trained; start from it with --init")
+    own = {"out": str(Path(given["eval"]).parent), "limit": None, "workers": None, "precision": None}
+    s = settle(settings, state["settings"] | own, given)
+    if s.blind and "blind" not in given:
+        print(f"{s.eval}: trained blind, so it sees no frames here, either")
+    return s, state
+
+
+def load_stopped(settings, given, name):
+    """--resume: (s, state) of the newest whole checkpoint of the run in --out, or of the newest run of that name.
+
+    Everything is as the checkpoint says, data and model, too; what the command line says otherwise must be in RESUMABLE.
     """
-    add, numbers = parser.add_argument, parser.numbers
-    # which model, and what it starts from
-    add("--model", choices=["tiny", "base"], help="default: tiny; with --init, the checkpoint's")
-    add("--backbone", choices=["resnet50", "resnet18"], help="base: the CNN (default: resnet50, the paper's)")
-    add("--init", type=Path, metavar="CKPT", help="start from this checkpoint, ours or the official one")
-    add("--resnet", type=Path, metavar="FILE", help="base: torchvision's weights of it (default: the hub's)")
-    add("--bert", type=Path, metavar="DIR", help="base: a bert-base-uncased folder (default: the hub's)")
-    add("--scratch", action="store_true", help="base: start from random weights")
-    add("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
-    # hyper-parameters; those in force are printed at the start
-    numbers("--size", low=16, high=64 * VisualEmbedding.MAX_GRID)
-    numbers("--frames", high=256)
-    numbers("--text_length", low=3, high=512)  # [CLS], a word, [SEP]; as many as BERT has positions for
-    numbers("--batch_size", "--grad_accum", "--epochs")
-    numbers("--fps", kind=float, low=0.001, high=1000)
-    numbers("--lr", "--weight_decay", kind=float, low=0, high=1)
-    numbers("--clip_grad", kind=float, low=1e-6)
-    numbers("--max_steps", help="stop the schedule after so many updates, whatever --epochs says")
-    add("--blind", action="store_true", help="zero all frames: what can be guessed from the text alone?")
-    numbers("--limit", help="use only the first so many examples or images of each split")
-    add("--precision", choices=["bf16", "fp16", "fp32"], help="default: bf16 or fp16 on a GPU, fp32 on a CPU")
-    numbers("--chunk", metavar="FRAMES", help="short of memory: pass so many frames through the CNN at a time, and "
-            "again when their gradient is due (activation checkpointing)")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile the CNN and the transformer: slow to start, then faster")
-    numbers("--workers", low=0, high=256, help="processes that read videos (default: 0 on a CPU, else one a core, "
-            "at most 8)")  # fmt: skip
-    numbers("--save_every", default=500, help="steps between checkpoints")
-    numbers("--seed", low=0, high=2**32 - 1, default=0)
-    add("--debug", action="store_true", help="show the traceback of an error")
+    out = given.get("out")
+    if not out:
+        stopped = sorted(Path("runs").glob(f"{name}*/last.pt"), key=lambda path: path.stat().st_mtime)
+        out = stopped[-1].parent if stopped else Path("runs") / name
+    problems = []
+    for path in (Path(out) / "last.pt", Path(out) / "previous.pt"):
+        try:
+            state = load_checkpoint(path)
+            break
+        except ValueError as error:
+            problems.append(str(error))
+    else:
+        raise ValueError(f"{problems[0]}: nothing to go on from; start anew without --resume")
+    for problem in problems:
+        print(f"note: {problem}; taking the one before it")
+    if "optimizer" not in state or "settings" not in state:
+        raise ValueError(f"{path}: holds no optimizer, so it can't go on; start from it with --init")
+    for flag in given.keys() - RESUMABLE:
+        if given[flag] != state["settings"].get(flag):
+            raise ValueError(f"{path}: was begun with --{flag} {state['settings'].get(flag)}, not {given[flag]}; leave "
+                             f"that out, or start anew")  # fmt: skip
+    print(f"resuming from {path}, step {state['step']}")
+    return settle(settings, state["settings"], given | {"out": str(out)}), state
 
 
-def check_flags(parser, args):
-    """Flags that can't be meant together."""
-    if sum(map(bool, (args.init, args.resume, args.eval))) > 1:
-        parser.error("--init, --resume and --eval exclude each other; choose one")
-    base = args.model == "base"
-    if not base and (args.backbone or args.resnet or args.scratch or args.bert and not args.init):
-        parser.error("--backbone, --resnet, --bert and --scratch are for --model base; add that, or leave them out")
-
-
-def override(settings, args, cfg):
-    """The settings with the command line's values; cfg: of the model that must be able to take them."""
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    if "epochs" in given:
-        settings = settings | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
-    args.settings = settings = settings | given  # where an out-of-memory message starts from
-    largest = VisualEmbedding.MAX_GRID * cfg.stride
-    if not cfg.stride <= settings["size"] <= largest:
-        raise ValueError(f"--size {settings['size']}: this model's grid takes {cfg.stride} to {largest} pixels")
-    return settings
-
-
-# -------------------------------------------------- several GPUs
-# `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
+# ----------------------------------------------------------------------------------------------------------------------
+# Several GPUs. `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
 # and takes every K-th batch; backward averages the gradients over them (DistributedDataParallel), so that K processes
-# do what one does with K times the --grad_accum. All of them evaluate; the first one prints and writes.
+# do what one does with K times the --grad_accum. The first one prints and writes.
 RANK = int(os.environ.get("RANK", "0"))
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -822,101 +916,50 @@ def gather(value):
     return values
 
 
-# -------------------------------------------------- the device
-class Device(NamedTuple):
-    """Where and how precisely to compute."""
-
-    name: str  # "cuda" | "cpu"
-    dtype: torch.dtype  # of the forward pass under autocast; weights stay float32
-    workers: int
-    chunk: int | None = None  # frames that go through the CNN at a time
-    compile: bool = False
-
-    def autocast(self):
-        return torch.autocast(self.name, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    def place(self, model):
-        """The model to the device. The tiny one gets a single CPU thread: its operations are so small that two threads
-        mostly wait for each other (on a busy machine: four times the CPU time, five times the wall time)."""
-        if self.name == "cpu" and model.cfg.backbone == "tiny":
-            torch.set_num_threads(1)
-        model.cnn.chunk = self.chunk
-        if self.compile:  # in place: the names in a checkpoint stay
-            model.cnn.compile()
-            model.bert.encoder.compile()
-        return model.to(self.name)
-
-    def move(self, batch):
-        """Tensors to the device; frames stay uint8 until they are there, a quarter of the bytes."""
-        return {k: v.to(self.name, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-    def scaler(self):
-        """fp16: loss scaling. Otherwise a constant 1, for the other thing that a GradScaler does: an update whose
-        gradients are not finite is skipped on the device, so the weights survive until the loss is next looked at."""
-        constant = {} if self.dtype == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
-        return torch.amp.GradScaler(self.name, **constant)
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine: where and how precisely to compute
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def choose_device(args):
-    """A GPU if there is one, with the fastest precision that it is good at; --precision and --workers overrule."""
-    gpu = torch.cuda.is_available()
+def use_machine(s, model):
+    """Settle precision and workers, as far as s leaves them open; the model goes to the device."""
+    gpu = DEVICE == "cuda"
     best = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    precision = args.precision or best
-    if precision == "fp16" and not gpu:
+    s.precision = s.precision or best
+    if s.precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # for each of this machine's processes
-    workers = args.workers if args.workers is not None else min(8, cores) if gpu else 0
-    return Device("cuda" if gpu else "cpu", dtype, workers, args.chunk, args.compile)
+    if s.workers is None:  # on a CPU one core is left to the model
+        s.workers = min(8, cores) if gpu else max(1, min(4, cores - 1))
+    if gpu:
+        model.cnn.to(memory_format=torch.channels_last)  # once: else each convolution turns its weights at each step
+        torch.backends.cudnn.benchmark = True  # all frames have one size: the fastest kernels are sought once
+        torch.backends.cudnn.allow_tf32 = s.precision != "fp32"  # whose 10 bits would not agree to five digits
+    elif model.cfg.backbone == "tiny":
+        # Its operations are so small that two threads mostly wait for each other (on a busy machine: four times the
+        # CPU time, five times the wall time).
+        torch.set_num_threads(1)
+    return model.to(DEVICE)
 
 
-# -------------------------------------------------- the log
-class Log:
-    """log.jsonl: a line a step or evaluation."""
-
-    def __init__(self, path, start):
-        """start: the step to go on from. The lines of later steps, which will be done again, are dropped."""
-        lines = path.read_text().splitlines() if start and path.exists() else []
-        kept = [line for line in lines if logged_step(line) <= start]
-        write_text(path, "".join(line + "\n" for line in kept))
-        self.path = path
-
-    def write(self, *rows):
-        """Whole lines in one system call: a kill comes before or after it."""
-        if RANK:
-            return
-        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                end = file.tell()
-                if file.write(lines) < len(lines):  # a disk that is full in the middle of a line
-                    file.truncate(end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise OSError(f"{self.path}: not written ({error.strerror}): make room, then --resume") from error
+def autocast(s):
+    """The forward pass in s.precision; weights and losses stay float32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[s.precision]
+    return torch.autocast(DEVICE, dtype=dtype, enabled=s.precision != "fp32")
 
 
-def logged_step(line):
-    """The step that a line of the log is about."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # half a line, as a power cut may leave it
-        return math.inf
+def to_device(batch):
+    """A batch with its tensors on the device; frames stay uint8 until they are there, a quarter of the bytes."""
+    return {k: v.to(DEVICE, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def mean_row(rows):
-    """One line of the log from every process's."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"step": int(rows[0]["step"])}
-
-
-# -------------------------------------------------- a training run
-class Interrupted(KeyboardInterrupt):
-    """(signal number, a message that says how to go on)"""
+# ----------------------------------------------------------------------------------------------------------------------
+# A training run
 
 
 def stop_now(number, _):
     """A signal's handler where there is no step to finish."""
-    raise Interrupted(number, "stopped: --resume goes on from the last checkpoint, if there is one")
+    raise KeyboardInterrupt(number, "stopped: --resume goes on from the last checkpoint, if there is one")
 
 
 class Training:
@@ -926,39 +969,37 @@ class Training:
         for step in training.steps():
             for batch in training.batches(loader):      grad_accum of them
                 ... training.forward(...) ...
-                training.scaler.scale(loss).backward()
+                training.backward(loss)
             training.update(step, loss=...)             one update; logged
             training.end_step(step)                     last.pt, if it is time
     """
 
-    def __init__(self, args, run, model, n_examples, stopped, **contents):
-        """n_examples: in an epoch. stopped: the checkpoint to go on from, or None. contents: of the script's own, for
-        its checkpoints."""
-        self.model, self.run, self.out, self.save_every, s = model, run, args.out, args.save_every, run.settings
-        self.per_step = s["batch_size"] * s["grad_accum"] * PROCESSES  # examples to an update
-        self.n_examples = n_examples
-        self.total_steps = s["max_steps"] or -(-s["epochs"] * n_examples // self.per_step)
-        self.contents = contents | {"seed": run.seed, "blind": run.blind, "settings": s,
-                                    "config": asdict(model.cfg)}  # fmt: skip
-        config = {name: value for name, value in self.contents.items() if name not in ("vocabulary", "answers")} | {
-            "init": str(args.init or ""), "device": run.device.name, "precision": str(run.device.dtype).split(".")[1],
-            "total_steps": self.total_steps,
-        }  # fmt: skip
+    def __init__(self, s, model, n_examples, stopped=None, **contents):
+        """n_examples: in an epoch. stopped: the checkpoint to go on from. contents: the script's own of a checkpoint."""
+        self.s, self.model, self.out, self.n_examples = s, model, Path(s.out), n_examples
+        self.per_step = s.batch_size * s.grad_accum * PROCESSES  # examples to an update
+        self.total_steps = s.max_steps or -(-s.epochs * n_examples // self.per_step)
+        self.contents = contents | {"settings": asdict(s), "config": asdict(model.cfg)}
+        config = {"device": DEVICE, "total_steps": self.total_steps, **asdict(s), "config": asdict(model.cfg)}
         write_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
-        run.device.place(model)
-        self.optimizer = build_optimizer(model, s["weight_decay"])
-        self.scaler = run.device.scaler()
+        self.optimizer = build_optimizer(model, s.weight_decay)
+        # fp16: loss scaling. Otherwise a constant 1, for the other thing that a GradScaler does: an update whose
+        # gradients are not finite is skipped on the device, so the weights survive until the loss is next looked at.
+        constant = {} if s.precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        self.scaler = torch.amp.GradScaler(DEVICE, **constant)
         self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
-        if RANK:
-            torch.manual_seed(run.seed + 1_000_003 * RANK)  # the same model, but each process its own dropout
-        self.saved = bool(stopped)  # whether the folder's checkpoints are this run's
-        if stopped:
-            self.restore(stopped)
+        if RANK:  # the same model, but each process its own dropout
+            torch.manual_seed(s.seed + 1_000_003 * RANK)
+        logged = self.restore(stopped) if stopped else 0
+        self.first_batch, self.n_batches = (n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps))
+        if not RANK:
+            with open(self.out / "log.jsonl", "ab") as log:  # lines after the checkpoint will be written again
+                log.truncate(min(logged, log.tell()))
         self.forward = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
-        self.log, self.waiting, self.unreadable = Log(self.out / "log.jsonl", self.start), [], Counter()
-        self.signal, self.began = 0, time.time()
+        self.waiting, self.unreadable, self.signal, self.began, self.shown = [], Counter(), 0, time.time(), 0.0
 
     def restore(self, state):
+        """Go on as if there had been no stop. -> how much of the log belongs to the steps before it, in bytes."""
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():  # else another --precision
@@ -966,17 +1007,18 @@ class Training:
         if RANK < len(state["random"]):  # the stopped run may have had fewer processes
             own = state["random"][RANK]
             torch.set_rng_state(own["torch"])
-            if torch.cuda.is_available() and own["cuda"] is not None:
+            if DEVICE == "cuda" and own["cuda"] is not None:
                 torch.cuda.set_rng_state(own["cuda"])
+        return state["log"]
 
     def summary(self, unit):
+        """One line: how large, how long, with which settings."""
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        settings = ", ".join(f"{name} {value}" for name, value in self.run.settings.items() if value is not None)
-        return (f"{parameters:.1f}M parameters, {self.total_steps:,} steps of {self.per_step} {unit} on "
-                f"{self.run.device.name}: {settings}")  # fmt: skip
-
-    def list_unreadable(self):
-        list_unreadable(sum(gather(self.unreadable), Counter()), "replaced by other examples in training")
+        hidden = {"data", "out", "overwrite", "resume", "init", "debug", "task", "split", "epochs" if self.s.max_steps else ""}
+        settings = ", ".join(f"{f.name} {getattr(self.s, f.name)}" for f in fields(self.s)
+                             if f.name not in hidden and getattr(self.s, f.name) not in (None, False, []))  # fmt: skip
+        return (f"{parameters:.1f}M parameters, {self.total_steps:,} updates of {self.per_step} {unit} "
+                f"({self.n_examples:,} an epoch) on {DEVICE}: {settings}")  # fmt: skip
 
     def steps(self):
         """start + 1, ..., total_steps, with a progress bar."""
@@ -988,22 +1030,27 @@ class Training:
 
     def batches(self, loader):
         """The next grad_accum batches, on the device."""
-        n = self.run.settings["grad_accum"]
-        for i in range(n):
-            self.forward.require_backward_grad_sync = i == n - 1  # else as in DDP's no_sync()
-            batch = self.run.device.move(next(loader))
+        for i in range(self.s.grad_accum):
+            # Processes exchange their gradients only in the last backward pass, as in DDP's no_sync().
+            self.forward.require_backward_grad_sync = i == self.s.grad_accum - 1
+            batch = to_device(next(loader))
             self.unreadable.update(line for lines in batch["unreadable"] for line in lines)
             yield batch
 
+    def backward(self, loss):
+        """Gradients of one batch. The reference sums those of accumulated batches; their mean is one large batch's."""
+        self.scaler.scale(loss / self.s.grad_accum).backward()
+
     def update(self, step, **losses):
         """An update by the gradients so far, with the step's learning rate; and a line of the log, some time later."""
-        lr = learning_rate(step, self.total_steps, self.run.settings["lr"])
+        lr = learning_rate(step, self.total_steps, self.s.lr)
         set_step(self.optimizer, step, lr)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.settings["clip_grad"])
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip_grad)
         self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        losses = {name: value / self.s.grad_accum for name, value in losses.items()}  # sums over the batches
         self.waiting.append({"step": step, **losses, "lr": lr, "grad_norm": norm})
         if step % 10 == 0 or step == self.total_steps:  # reading a number off the GPU waits for it: not at every step
             self.flush()
@@ -1012,75 +1059,88 @@ class Training:
         """Log the waiting steps. If one was not finite, the run ends here."""
         rows = [{name: float(value) for name, value in row.items()} for row in self.waiting]
         self.waiting = []
-        rows = [mean_row(same) for same in zip(*gather(rows), strict=True)]
-        self.log.write(*rows)
-        for row in rows:
-            overflow = self.run.device.dtype == torch.float16 and math.isfinite(row["loss"])  # the scaler sees to it
+        for same in zip(*gather(rows), strict=True):  # each process's row of a step: log their mean
+            row = {name: sum(row[name] for row in same) / PROCESSES for name in same[0]}
+            self.log(row | {"step": int(row["step"])})
+            # A gradient that overflows in fp16 halves the scale, and the next step does better; unless it never does.
+            overflow = self.s.precision == "fp16" and math.isfinite(row["loss"]) and self.scaler.get_scale() >= 1
             if not math.isfinite(row["loss"] + row["grad_norm"]) and not overflow:
-                self.stop_at_nonfinite(row)
+                raise ValueError(f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step "
+                                 f"{row['step']:.0f}: try a lower --lr, or --precision fp32 or bf16")  # fmt: skip
         if rows:
-            rate = (rows[-1]["step"] - self.start) * self.per_step / (time.time() - self.began)
-            loss = sum(row["loss"] for row in rows) / len(rows)
-            self.progress.set_postfix(loss=f"{loss:.3f}", lr=f"{rows[-1]['lr']:.1e}", examples_per_s=f"{rate:.0f}")
+            self.show(row)
 
-    def stop_at_nonfinite(self, row):
-        """Save what is needed to look into it: the step, its examples, and weights that are still finite."""
-        path = self.out / "nonfinite.pt"
-        self.save(path.name, row["step"], examples=self.examples_of(row["step"]))
-        raise ValueError(
-            f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step {row['step']}: try a lower --lr, or "
-            f"--precision fp32 or bf16. Its examples and the weights are in {path}; --resume goes on from before"
-        )
+    def show(self, row):
+        """How it goes: on the progress bar, or, where there is no terminal, a line every half minute."""
+        seconds, done = time.time() - self.began, row["step"] - self.start
+        rate = f"{done * self.per_step / seconds:.0f}"
+        self.progress.set_postfix(loss=f"{row['loss']:.3f}", examples_per_s=rate)
+        if self.progress.disable and seconds > self.shown + 30:
+            self.shown, left = seconds, seconds / done * (self.total_steps - row["step"]) / 60
+            print(f"step {row['step']:.0f} of {self.total_steps:,}: loss {row['loss']:.3f}, {rate} examples/s, "
+                  f"{left:.0f} minutes left", flush=True)  # fmt: skip
 
-    def save(self, name, step, previous=None, **more):
-        contents = self.contents | {"step": step, "model": self.model.state_dict(), **more}
-        save_checkpoint(self.out / name, contents, previous)
-
-    def save_best(self, step, score):
-        if score > self.best:
-            self.best = score
-            self.save("best.pt", step)
+    def log(self, row):
+        """A line of log.jsonl."""
+        if RANK:
+            return
+        try:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.out / 'log.jsonl'}: not written ({error.strerror}): make room, then --resume") from error
 
     def ends_epoch(self, step):
         """Whether the examples of this step are an epoch's last ones, or the run's."""
         epochs = [n * self.per_step // self.n_examples for n in (step - 1, step)]
         return epochs[0] < epochs[1] or step == self.total_steps
 
-    def due(self, step):
-        return step % self.save_every == 0 or step == self.total_steps
+    def validated(self, step, score, row):
+        """Log a validation; best.pt is the checkpoint with the highest score."""
+        self.flush()
+        self.log({"step": step, **row})
+        if score > self.best:
+            self.best = score
+            self.save("best.pt", step)
+
+    def save(self, name, step, previous=None, **more):
+        """A checkpoint, by the first process: weights, settings and what the script needs; written whole."""
+        if not RANK:
+            with whole_file(self.out / name, previous) as file:
+                torch.save(self.contents | {"step": step, "model": self.model.state_dict(), **more}, file)
 
     def end_step(self, step):
         """A checkpoint if one is due, or if a signal came: then the run ends here."""
         number = self.signal
         if PROCESSES > 1:  # they must agree on a step to stop at: they ask each other now and then
             number = max(gather(number)) if step % 10 == 0 else 0
-        if self.due(step) or number:
+        if step % self.s.save_every == 0 or step == self.total_steps or number:
             self.flush()
             self.checkpoint(step)
         if number:
-            raise Interrupted(number, f"{signal.Signals(number).name} after step {step} of {self.total_steps}, "
-                                      "which is saved: the same command with --resume goes on from there")  # fmt: skip
+            raise KeyboardInterrupt(number, f"{signal.Signals(number).name} after step {step} of {self.total_steps}, "
+                                            "which is saved: --resume goes on from there")  # fmt: skip
 
     def checkpoint(self, step):
         """last.pt, with all that a resumed run needs to repeat the uninterrupted one; the last but one is kept."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        cuda = torch.cuda.get_rng_state() if DEVICE == "cuda" else None
         random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have own seeds
-        previous = self.out / "previous.pt"
-        self.save("last.pt", step, previous, best=self.best, optimizer=self.optimizer.state_dict(),
-                  scaler=self.scaler.state_dict(), random=gather(random_states))  # fmt: skip
-        if not self.saved:
-            previous.unlink(missing_ok=True)  # another run's
-        self.saved = True
+        self.save("last.pt", step, self.out / "previous.pt", best=self.best, optimizer=self.optimizer.state_dict(),
+                  scaler=self.scaler.state_dict(), random=gather(random_states),
+                  log=(self.out / "log.jsonl").stat().st_size)  # fmt: skip
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if kind is None:
+            list_unreadable(sum(gather(self.unreadable), Counter()), "replaced by other examples in training")
 
     def note(self, number, _):
+        """A signal's handler: remember it until the step is done."""
         if self.signal:
             stop_now(number, _)  # a second time: not even the step is finished
         self.signal = number
@@ -1096,60 +1156,48 @@ def list_unreadable(errors, what):
         print(f"  {times}x {line}", file=sys.stderr)
 
 
-# -------------------------------------------------- errors in one line
-def less_memory(settings, chunk):
-    """What to run with instead, cheapest first: settings in force -> a sentence of flags."""
-    batch, accum, size = (settings[name] for name in ("batch_size", "grad_accum", "size"))
-    smaller = max((b for b in range(1, batch // 2 + 1) if batch * accum % b == 0), default=None)
-    frames = batch * settings["frames"] * settings.get("train_clips", 1)  # in one pass of the CNN
-    fewer = min(chunk or frames, frames, 32) // 2
-    choices = [
-        smaller and f"--batch_size {smaller} --grad_accum {batch * accum // smaller} (the same update)",
-        fewer and f"--chunk {fewer} (the same numbers; a third more work for the CNN)",
-        size >= 128 and f"--size {size * 3 // 4 // 64 * 64} (fewer pixels: other numbers)",
-    ]
-    return "Try, in this order or together: " + "; ".join(choice for choice in choices if choice)
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors in one line
 
 
-def main(job, args):
+def main(job, given):
     """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
     signal.signal(signal.SIGTERM, stop_now)
     try:
         join_processes()
-        job(args)
+        job(given)
         if PROCESSES > 1:
             dist.destroy_process_group()
         return
     except BaseException as error:
-        if args.debug:
+        if given.get("debug"):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the data loader, which now ends its workers
-        message, code = explain(error, args)
+        message, code = explain(error)
         if not message:
             raise
     print(message, file=sys.stderr)
     sys.exit(code)
 
 
-def explain(error, args):
+def explain(error):
     """The line to print and the exit code; ("", 1) if it is no error that the user can mend."""
+    text = str(error).strip()
     if isinstance(error, KeyboardInterrupt):
         number, message = error.args or (signal.SIGINT, "stopped: --resume goes on from the last checkpoint, if any")
         return message, 128 + number
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"error: out of GPU memory. {less_memory(args.settings, args.chunk)}", 2
+    if isinstance(error, RuntimeError) and re.search("out of memory|ALLOC_FAILED", text):  # CUDA's, cuDNN's, cuBLAS's
+        return ("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or lower "
+                "--size (other numbers)"), 2  # fmt: skip
+    if re.search("Bus error|shared memory|/torch_", text):  # where workers put their batches
+        return ("error: /dev/shm is full: start Docker with --shm-size 8g or --ipc=host, or use --workers 0; --resume "
+                "goes on from the last checkpoint"), 2  # fmt: skip
     # a data loader's worker that died: torch says so, or the pipe to it breaks first
-    if "DataLoader worker (pid" in str(error) or isinstance(error, ConnectionError | EOFError):
+    if "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError):
         return ("error: a data loader's worker was killed, perhaps for memory: try fewer --workers; --resume goes on "
                 "from the last checkpoint"), 2  # fmt: skip
     if isinstance(error, ValueError | OSError):
-        return f"error: {one_line(error)}", 2
+        if text.startswith("Caught "):  # raised by a worker: the last line, behind the traceback
+            text = text.splitlines()[-1].split(": ", 1)[-1]
+        return f"error: {' '.join(text.split())}", 2
     return "", 1
-
-
-def one_line(error):
-    """Its message; of one that a data loader's worker raised, the last line, behind the traceback."""
-    text = str(error).strip()
-    if text.startswith("Caught "):
-        text = text.splitlines()[-1].split(": ", 1)[-1]
-    return " ".join(text.split())

@@ -6,15 +6,17 @@
 
 Every variant fine-tunes the tiny model on toy TGIF-QA transition from the toy pretraining (runs/pretrain/last.pt, made
 first if it is not there) for so few steps that the variants still differ; all other settings are the task's. What a
-variant does otherwise is in its title. A table a claim: accuracy in percent, mean and spread (largest minus smallest)
+variant does otherwise is in its title: flags, or a changed function, each of them an example of how to try an idea. A table a claim: accuracy in percent, mean and spread (largest minus smallest)
 over the seeds, beside what the paper says. What does not come out as in the paper is left as it is: a tiny model on toy
 clips need not agree.
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 import time
@@ -24,11 +26,12 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import clipbert
 import data
-import finetune
-import pretrain
 
 PRETRAINED = Path("runs/pretrain/last.pt")
 STEPS = 60  # 150 are enough for 99%: where all variants are right, none is better
@@ -59,12 +62,42 @@ def frozen_cnn():
 def other_videos():
     """Videos unlike the pictures of pretraining, which are otherwise drawn alike: as if the CNN came from elsewhere."""
     read = data.read_clips
-    data.read_clips = lambda *args: 255 - read(*args)
+    data.read_clips = lambda *args, **named: 255 - read(*args, **named)
 
 
 def other_videos_frozen_cnn():
     other_videos()
     frozen_cnn()
+
+
+def different_clips():
+    """Clips for testing chosen by what they show, of which the paper speaks as future work: those that differ most.
+
+    An example of how to change one function: whatever reads a video calls data.read_clips, so what stands in its place
+    is used everywhere. It reads four times as many uniform clips and keeps some; the model sees no more than before.
+    """
+    read = data.read_clips
+
+    def read_different(path, n_clips, n_frames, fps, size, train, *others, **named):
+        if train:  # the paper's random clips, as ever
+            return read(path, n_clips, n_frames, fps, size, train, *others, **named)
+        candidates = read(path, 4 * n_clips, n_frames, fps, size, train, *others, **named)  # (4N, T, 3, L, L)
+        return candidates[farthest_points(candidates[:, 0], n_clips)]  # (N, T, 3, L, L)
+
+    data.read_clips = read_different
+
+
+def farthest_points(frames, n):
+    """n places among frames (M, 3, L, L) that differ most: start with the middle one, then take again and again the one
+    that is farthest from all taken so far (farthest-point sampling). -> ascending places."""
+    # 16 x 16 grey pixels: what is where, without the noise that sets any two frames of a video apart.
+    grey = torch.nn.functional.adaptive_avg_pool2d(frames.float().mean(1), 16).flatten(1)  # (M, 256)
+    taken, nearest = [len(grey) // 2], torch.full((len(grey),), torch.inf)  # nearest: distance to those taken
+    while len(taken) < n:
+        nearest = nearest.minimum((grey - grey[taken[-1]]).norm(dim=1))
+        nearest[taken] = -1  # never twice, though all may look alike
+        taken.append(nearest.argmax().item())
+    return sorted(taken)
 
 
 class Variant(NamedTuple):
@@ -87,6 +120,9 @@ FEW = "--limit 200 --max_steps 100"  # each video 16 times: real data sets are s
 CLAIMS = {
     "clips_in_testing": Claim(
         "more clips in testing help, with less and less to gain", {"N_train = 1": BASE}, (1, 2, 4, 8, 16)),
+    "clips_by_content": Claim(
+        "names it as future work to choose clips by what they show",
+        {"uniform": Variant(OTHER), "those that differ most": Variant(OTHER, different_clips)}, (1, 2, 4)),
     "clips_in_training": Claim(
         "more clips in training help, most of it from the first few",
         {"N_train = 1": BASE, "N_train = 2": Variant("--train_clips 2"), "N_train = 4": Variant("--train_clips 4")}),
@@ -114,16 +150,24 @@ CLAIMS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def run_script(name, flags):
+    """`python NAME FLAGS` in this process, whose functions may have been changed; silently, if all goes well."""
+    said, sys.argv = io.StringIO(), [name, *flags]
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit:
+        raise RuntimeError(f"{name} {' '.join(flags)}: {said.getvalue()[-500:]}") from None
+
+
 def train(variant, clips, seed, steps):
-    """Run a variant in this process, silently; -> {N_test: accuracy}."""
+    """Run a variant in this process; -> {N_test: accuracy}."""
     if variant.change:
         variant.change()
     with tempfile.TemporaryDirectory() as out:
         flags = f"--task tgif_qa_transition --out {out} --seed {seed} --max_steps {steps} {variant.flags} --workers 0"
         start = ["--init", str(PRETRAINED)] if variant.pretrained else []
-        args = finetune.parse_arguments([*flags.split(), *start, "--test_clips", *map(str, clips)])
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            finetune.run_training(args)
+        run_script("finetune.py", [*flags.split(), *start, "--test_clips", *map(str, clips)])
         by_clips = json.loads((Path(out) / "metrics.json").read_text())["by_clips"]
     return {int(n): row["accuracy"] for n, row in by_clips.items()}
 
@@ -165,7 +209,7 @@ def main():
     began, seeds = time.time(), (0,) if args.quick else (0, 1, 2)
     data.toy_data("tgif_qa")
     if not PRETRAINED.exists():
-        pretrain.run_training(pretrain.parse_arguments([]))
+        run_script("pretrain.py", [])
     chosen = {name: CLAIMS[name] for name in args.claims or CLAIMS}
     results = run_all(chosen.values(), seeds, args.steps)
     for name, claim in chosen.items():

@@ -57,10 +57,12 @@ def places(tmp_path_factory):
 
 EVAL = "finetune --data {toy} --eval {run}/best.pt"
 WRONG = [  # command, words of its one line
-    ("finetune --task tgif", "invalid choice: 'tgif' tgif_qa_action"),
+    ("finetune --task tgif_qa_acton", "invalid choice: 'tgif_qa_acton' did you mean tgif_qa_action?"),
     ("pretrain --model large", "invalid choice: 'large' tiny base"),
     ("finetune --agg median", "invalid choice: 'median' lse"),
     ("finetune --learning_rate 1", "unrecognized arguments: --learning_rate --help"),
+    ("finetune --batchsize 1", "unrecognized arguments: --batchsize did you mean --batch_size?"),
+    ("pretrain --max_step 1", "unrecognized arguments: --max_step did you mean --max_steps?"),
     ("finetune {toy}", "unrecognized arguments toy --help"),
     ("pretrain --task tgif_qa", "unrecognized arguments: --task --help"),
     ("finetune --size", "--size: expected one argument"),
@@ -83,7 +85,7 @@ WRONG = [  # command, words of its one line
     ("finetune --text_length 513", "--text_length: '513' is not a whole number from 3 to 512"),
     ("finetune --precision fp64", "--precision invalid choice: 'fp64' fp32"),
     ("finetune --data {tmp}/nowhere", "--data nowhere: no such folder; give the one that holds the data set"),
-    ("finetune --data {tmp}/text.pt", "--data text.pt: no such folder; give"),
+    ("finetune --data {tmp}/text.pt", "--data text.pt: not a folder; give the folder that holds it"),
     ("finetune --data {tmp}/empty", "empty: no annotation file; looked for Train_action_question*.csv"),
     ("finetune --task msrvtt_qa --data {toy}", "toy: no annotation file; looked for train_qa*.json"),
     ("pretrain --data {toy}/gifs", "gifs: no train captions; looked for *captions_train*.json"),
@@ -110,7 +112,7 @@ WRONG = [  # command, words of its one line
     (EVAL + " --question 'what ?'", "--predict VIDEO needs --eval CKPT and --question TEXT"),
     (EVAL + " --select motion", "--select invalid choice: 'motion' difference"),
     (EVAL + " --sheet a.png", "--sheet --predict VIDEO give what is missing"),
-    (EVAL + " --predict x.gif --question q --options a b --words", "--words give what is missing"),
+    (EVAL + " --predict x.gif --question q --options a b --clips 2", "--clips give what is missing"),
     (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet a.nonsense", "nonsense"),
     (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet none/a.png", "none/a.png"),
     (EVAL + " --predict x.gif --question q", "--task tgif_qa_action: multiple choice takes --options"),
@@ -122,13 +124,12 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --init {tmp}/other.pt --model base --backbone resnet18", "other.pt: resnet18 leave out"),
     ("finetune --data {toy} --bert {toy}", "--bert for --model base; add that, or leave"),
     ("data", "arguments are required: command"),
-    ("data chek", "invalid choice: 'chek' check"),
+    ("data chek", "invalid choice: 'chek' did you mean check?"),
     ("data check --task tgif", "invalid choice: 'tgif' tgif_qa_action"),
     ("data check --data {tmp}/nowhere", "--data nowhere: no such folder; give"),
     ("data check --data {toy} --text_length 2", "--text_length: '2' is not a whole number from 3"),
-    ("data check --data {toy} --bert {tmp}/empty", "no vocabulary give --bert DIR"),
-    ("data check --data {toy} --report {tmp}/none/report.tsv", "none/report.tsv: No such file or directory; choose"),
-    ("data toy {tmp}/text.pt", "text.pt/tgif_qa/gifs: Not a directory; choose another place"),
+    ("data check --data {toy} --dat {toy}", "unrecognized arguments: --dat did you mean --data?"),
+    ("data toy {tmp}/text.pt", "text.pt/tgif_qa: Not a directory choose another directory"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
     WRONG.append(("finetune --data {toy} --precision fp16", "--precision fp16 needs a GPU: choose fp32 or bf16"))

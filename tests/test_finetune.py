@@ -1,9 +1,8 @@
 """Tests of the fine-tuning script on a handful of toy videos. One property at a time: `pytest tests/test_finetune.py -k
-resume`, or one of: toy, order, task, seed, unreadable, missing, blind, predict, error, judge, real."""
+resume`, or one of: order, task, seed, unreadable, missing, blind, predict, error, judge, real."""
 
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -38,48 +37,6 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
-# ---------------------------------------------------------------- the toy data
-
-
-def test_toy_options_never_name_the_other_action_and_answers_are_spread_evenly(toy):
-    import random
-
-    rng, places = random.Random(0), Counter()
-    for i in range(500):
-        video = data.toy_video(str(i), rng)
-        for kind in ("action", "transition"):
-            question = data.toy_questions(video, kind, rng)
-            options = [question[f"a{j}"] for j in range(1, 6)]
-            shown = {video.action, video.last} & set(options)
-            assert shown == {options[question["answer"]]} and len(set(options)) == 5
-            places[question["answer"]] += 1
-    assert min(places.values()) > 150  # of 1,000: no place is the right one much more often than another
-
-
-def test_toy_timeline_shows_every_repetition_and_idles_in_between():
-    import random
-
-    for i in range(100):
-        video = data.toy_video(str(i), random.Random(i))
-        frames = [action for action, _ in video.timeline]
-        assert len(frames) == data.TOY_FRAMES
-        assert frames.count(video.action) == data.TOY_BUSY and frames.count(video.last) == data.TOY_LAST
-        starts = sum(a == video.action != b for a, b in zip(frames, [frames[-1], *frames[:-1]], strict=True))
-        assert starts == video.times  # counted around the loop
-
-
-def test_toy_gifs_keep_all_their_frames(toy):
-    media = data.probe(toy / "gifs" / "toy_train_0003.gif")
-    assert media[:4] == (data.TOY_FRAMES, data.TOY_FPS, data.TOY_SIZE, data.TOY_SIZE)
-
-
-def test_toy_train_and_test_share_no_video_and_read_back_in_full(toy):
-    for kind in KINDS:
-        train, test = (data.read_tgif_qa(toy, kind, split) for split in ("train", "test"))
-        assert (len(train), len(test)) == (24 if kind == "transition" else 12, 6)
-        assert not {e.video for e in train} & {e.video for e in test}
-
-
 # ---------------------------------------------------------------- the order of training
 
 
@@ -97,7 +54,7 @@ def test_order_of_a_resumed_run_is_the_rest_of_the_whole_one(start):
 
 
 def test_order_and_clips_do_not_depend_on_the_reader(toy):
-    examples = data.read_tgif_qa(toy, "action", "train")
+    examples = data.read_examples("tgif_qa_action", toy, "train")
     options = {"n_clips": 2, "n_frames": 1, "fps": 1.0, "size": 32, "train": True}
     one, other = (data.ClipDataset(examples, toy, **options) for _ in range(2))
     other[(0, 3)]  # reading something else first changes nothing
@@ -195,7 +152,7 @@ def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(brok
 
 
 def test_unreadable_examples_are_replaced_by_the_next(broken):
-    examples = data.read_tgif_qa(broken, "action", "train")
+    examples = data.read_examples("tgif_qa_action", broken, "train")
     dataset = data.ClipDataset(examples, broken, n_clips=1, n_frames=1, fps=1.0, size=32, train=True)
     item = dataset[(0, 2)]
     assert item["example"] == examples[3] and len(item["unreadable"]) == 1
@@ -262,7 +219,7 @@ def test_error_of_a_loss_that_is_not_a_number_stops_the_run(toy, tmp_path, capsy
 
 
 def test_blind_runs_see_black_frames_only(toy):
-    examples = data.read_tgif_qa(toy, "action", "train")
+    examples = data.read_examples("tgif_qa_action", toy, "train")
     options = {"n_clips": 1, "n_frames": 1, "fps": 1.0, "size": 32, "train": True}
     assert data.ClipDataset(examples, toy, **options)[(0, 0)]["frames"].any()
     assert not data.ClipDataset(examples, toy, **options, blind=True)[(0, 0)]["frames"].any()

@@ -1,5 +1,5 @@
 """Tests of pretraining: its losses, its data and its script. One property at a time: `pytest tests/test_pretrain.py -k
-golden`, or one of: loss, mask, mismatch, mix, toy, fixed, resume, overfit, source, error, real.
+golden`, or one of: loss, mask, mismatch, mix, fixed, resume, overfit, source, error, real.
 
 `golden_pretrain.json` holds losses recorded from the reference implementation's own lines.
 """
@@ -170,28 +170,6 @@ def test_mix_of_two_folders_trains(toy, tmp_path):
     metrics = run("--data", toy, toy, "--ratio", 1, 3, "--out", tmp_path, "--batch_size", 4, "--max_steps", 2,
                   "--grad_accum", 2, "--mlm_over", "all")  # fmt: skip
     assert metrics["examples"] == 12
-
-
-# ---------------------------------------------------------------- the toy photos
-
-
-def test_toy_captions_name_what_is_true_of_the_photo_and_nothing_else(toy):
-    """No two photos share a caption that one of them lacks: what is not listed is wrong."""
-    images = data.captioned_images(data.read_captions(toy, "train"))
-    assert len(images) == 20 and {len(image.captions) for image in images} == {len(images[0].captions)}
-    others = data.captioned_images(data.read_captions(toy, "val"))
-    assert not {image.video for image in images} & {image.video for image in others}
-
-
-def test_toy_vocabulary_serves_every_toy_task(tmp_path):
-    data.write_toy_tgif_qa(tmp_path / "tgif_qa", train=60, test=2)
-    data.write_toy_msrvtt(tmp_path / "msrvtt", train=60, test=20)
-    data.write_toy_vqa(tmp_path / "vqa", train=60, test=2)
-    vocabulary = data.vocabulary_from_text(data.toy_texts(tmp_path))
-    tokenizer = data.build_tokenizer(vocabulary)
-    words = [*data.TOY_COLORS, *data.TOY_SHAPES, *data.TOY_ACTIONS, *data.TOY_PLACES, *data.TOY_NUMBERS, "yes", "no"]
-    for text in [f"what does the {word} do 3 times ?" for word in words]:
-        assert " ".join(tokenizer.tokenize(text)) == text
 
 
 # ---------------------------------------------------------------- the script

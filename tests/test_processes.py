@@ -10,7 +10,7 @@ import socket
 
 import pytest
 import torch
-from stress_runs import errors, finish, logged, same, start, tensors, wait_for
+from runs import errors, finish, logged, same, start, tensors, wait_for
 
 import clipbert
 import data

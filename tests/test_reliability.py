@@ -1,7 +1,7 @@
 """Tests of what happens to a run when something goes wrong. One property at a time: `pytest tests/test_reliability.py
 -k kill`, or one of: whole, truncated, signal, disk, folder, log, nonfinite, vanish, worker.
 
-`python tests/stress_runs.py` does the same at length.
+`python tests/stress.py kill disk` does the same at length.
 """
 
 import errno
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stress_runs import errors, finish, logged, resume, same, start, tensors, wait_for
+from runs import errors, finish, logged, resume, same, start, tensors, wait_for
 
 import clipbert
 import data
@@ -219,7 +219,7 @@ def test_nonfinite_stops_and_saves_the_step_its_examples_and_finite_weights(toy,
     state = clipbert.load_checkpoint(tmp_path / "nonfinite.pt")
     assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
     order = list(data.training_order(12, 4, 24, seed=0))
-    examples = data.read_tgif_qa(toy, "action", "train")
+    examples = data.read_examples("tgif_qa_action", toy, "train")
     assert state["examples"] == [examples[i].id for batch in order[4:6] for _, i in batch]
     assert clipbert.load_checkpoint(tmp_path / "last.pt")["step"] == 2
     finetune.model_from(state, "nonfinite.pt", "tgif_qa_action")  # the weights can be loaded and looked at

@@ -103,7 +103,7 @@ def test_vqa_loss_is_the_references_and_ignores_no_output(case):
 
 def retrieval_run(toy, **settings):
     torch.manual_seed(0)
-    vocabulary = data.vocabulary_from_text([e.text for e in data.read_msrvtt_retrieval(toy, "train")])
+    vocabulary = data.vocabulary_from_text([e.text for e in data.read_examples("msrvtt_retrieval", toy, "train")])
     model = clipbert.ClipBert(clipbert.ClipBertConfig.tiny(len(vocabulary)), 2).eval()
     task = finetune.TASKS["msrvtt_retrieval"]
     settings = {"size": 64, "fps": 2.0, "frames": 2, "agg": "lse", "text_length": 20, "batch_size": 4} | settings
@@ -114,7 +114,7 @@ def retrieval_run(toy, **settings):
 
 def scored(run, model, n_clips, rerank=None):
     """Scores of all test captions against all test videos, the videos' names, what could not be read."""
-    examples = data.read_msrvtt_retrieval(run.folder, "test")
+    examples = data.read_examples("msrvtt_retrieval", run.folder, "test")
     videos = list({example.video: example for example in examples}.values())
     grids, errors = finetune.encode_videos(run, model, videos, n_clips)
     texts = [example.text for example in examples]
@@ -123,7 +123,7 @@ def scored(run, model, n_clips, rerank=None):
 
 def test_evaluation_of_pairs_equals_scoring_each_pair_alone_and_runs_the_cnn_once_a_video(toy):
     run, model = retrieval_run(toy)
-    examples, calls = data.read_msrvtt_retrieval(toy, "test"), []
+    examples, calls = data.read_examples("msrvtt_retrieval", toy, "test"), []
     model.cnn.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
     scores, videos, errors = scored(run, model, n_clips=3)
     assert calls == [3] * len(videos) and not errors
@@ -164,16 +164,16 @@ def test_evaluation_in_two_stages_scores_the_best_in_full_and_ranks_all_others_b
 
 def test_evaluation_reports_each_k_beside_the_exhaustive_scores(toy):
     run, model = retrieval_run(toy, rerank=[2, 6])
-    by_clips, predictions, _ = finetune.evaluate(run, model, data.read_msrvtt_retrieval(toy, "test"), [1, 4])
+    by_clips, predictions, _ = finetune.evaluate(run, model, data.read_examples("msrvtt_retrieval", toy, "test"), [1, 4])
     assert list(by_clips) == ["1", "4 best 2", "4 best 6"] and len(predictions) == 6
     run.settings["rerank"] = None
-    exhaustive, *_ = finetune.evaluate(run, model, data.read_msrvtt_retrieval(toy, "test"), [4])
+    exhaustive, *_ = finetune.evaluate(run, model, data.read_examples("msrvtt_retrieval", toy, "test"), [4])
     assert exhaustive["4"] == by_clips["4 best 6"]
 
 
 def test_evaluation_keeps_grids_in_the_precision_of_the_computation(toy):
     run, model = retrieval_run(toy)
-    videos = data.read_msrvtt_retrieval(toy, "test")[:2]
+    videos = data.read_examples("msrvtt_retrieval", toy, "test")[:2]
     exact, _ = finetune.encode_videos(run, model, videos, 2)
     run = run._replace(device=clipbert.Device("cpu", torch.bfloat16, 0))
     half, _ = finetune.encode_videos(run, model, videos, 2)

@@ -221,9 +221,9 @@ def test_a_field_of_a_million_lines_is_an_error_at_once(tmp_path):
     for field in ('"' + "a line\n" * 1_000_000, '"' + "\n" * 1_000_000 + '"\n', "x" * 20_000_000):
         (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text(head + field)
         with pytest.raises(data.DataError, match=r"MSRVTT_JSFUSION_test.csv:\d+: "):
-            data.read_msrvtt_retrieval(tmp_path, "test")
+            data.read_examples("msrvtt_retrieval", tmp_path, "test")
     (tmp_path / "msrvtt_mc_test.jsonl").write_text('{"clip_name": "' + "\\n" * 1_000_000 + '"}')
     with pytest.raises(data.DataError, match="msrvtt_mc_test.jsonl:1: clip_name has"):
-        data.read_msrvtt_mc(tmp_path)
+        data.read_examples("msrvtt_mc", tmp_path, "test")
     assert time.monotonic() - began < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 4 * 2**30

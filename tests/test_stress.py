@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 import stress
 from PIL import Image
@@ -17,40 +18,47 @@ def test_damaged_annotations_are_read_as_they_stand_or_refused_in_one_line():
     assert not failures, figures
 
 
-def test_every_layout_is_read_as_its_oracle_reads_it(tmp_path):
-    for name, (files, read, oracle) in stress.LAYOUTS.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        for file, content in files.items():
-            (folder / file).write_text(content, encoding="utf-8", newline="")
-        assert stress.judge_annotation(folder, [folder / file for file in files], read, oracle) == "examples", name
+def whole_files(folder, layout):
+    for file, content in stress.LAYOUTS[layout][3].items():
+        (folder / file).write_text(content, encoding="utf-8", newline="")
 
 
-WRONG_LABELS = {  # what the judges must notice: a reader that ...
-    "shifts answers": lambda examples: [e._replace(answer=f.answer)
-                                        for e, f in zip(examples, examples[1:] + examples[:1], strict=True)],
-    "drops a row": lambda examples: examples[1:],
-    "repeats a row": lambda examples: [*examples, examples[0]],
-    "swaps options": lambda examples: [e._replace(options=e.options[::-1]) for e in examples],
-    "swaps videos": lambda examples: [e._replace(video=examples[0].video) for e in examples],
-    "coerces": lambda examples: [e._replace(answer=float(e.answer)) for e in examples],
-}  # fmt: skip
+@pytest.mark.parametrize("layout", stress.LAYOUTS)
+def test_every_layout_is_read_as_its_oracle_reads_it(layout, tmp_path):
+    whole_files(tmp_path, layout)
+    assert stress.judge_annotation(tmp_path, layout) == "examples"
+
+
+WRONG_LABELS = {  # what the judge must notice: a reader that ... (video, text, options, answer)
+    "shifts answers": lambda facts: [(*fact[:3], facts[i - 1][3]) for i, fact in enumerate(facts)],
+    "drops a row": lambda facts: facts[1:],
+    "repeats a row": lambda facts: [*facts, facts[0]],
+    "swaps options": lambda facts: [(video, text, options[::-1], answer) for video, text, options, answer in facts],
+    "swaps videos": lambda facts: [(facts[0][0], *fact[1:]) for fact in facts],
+    "coerces": lambda facts: [(*fact[:3], float(fact[3])) for fact in facts],
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG_LABELS)
-def test_the_judge_notices_a_reader_that(wrong, tmp_path):
-    files, read, oracle = stress.LAYOUTS["tgif_qa_action"]
-    (name, content), = files.items()
-    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    verdict = stress.judge_annotation(tmp_path, [tmp_path / name], lambda f: WRONG_LABELS[wrong](read(f)), oracle)
-    assert verdict.startswith("not what stands there")
+def test_the_judge_notices_a_reader_that(wrong, tmp_path, monkeypatch):
+    def read(folder, split):
+        return WRONG_LABELS[wrong](list(map(facts, data.LAYOUTS["tgif_qa_action"].read(folder, split=split))))
+
+    facts = stress.facts
+    monkeypatch.setattr(stress, "facts", lambda fact: fact)
+    whole_files(tmp_path, "tgif_qa_action")
+    assert stress.judge_annotation(tmp_path, "tgif_qa_action", read).startswith("not what stands there")
 
 
 def test_damaged_media_give_frames_or_one_clear_error(tmp_path):
-    video = tmp_path / "video.mp4"
-    data.write_gif([Image.new("RGB", (32, 24), (9 * i, 0, 0)) for i in range(8)], tmp_path / "a.gif")
-    data._ffmpeg("", ["-i", str(tmp_path / "a.gif"), "-pix_fmt", "yuv420p", str(video)])
-    figures, failures = stress.media(tmp_path, cuts=3, errors=7)
+    frames = [Image.new("RGB", (32, 32), (9 * i, 0, 0)) for i in range(8)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    writer = imageio_ffmpeg.write_frames(str(tmp_path / "b.mp4"), (32, 32))
+    writer.send(None)
+    for frame in frames:
+        writer.send(frame.tobytes())
+    writer.close()
+    figures, failures = stress.media(tmp_path, 20)
     assert not failures and "20 damaged files of 2" in figures
 
 
