@@ -44,7 +44,7 @@ COPIED = (  # besides SOURCES
 )  # fmt: skip
 EXERCISES = {  # what loses its body, "module.function" or "module.Class.method"
     1: ("data.sample_clips",),
-    2: ("clipbert.GridFeatures.normalize", "clipbert.GridFeatures.features"),
+    2: ("clipbert.GridFeatures.normalize", "clipbert.GridFeatures.forward"),
     3: ("clipbert.VisualEmbedding.forward",),
     4: ("clipbert.VideoTextEncoder.fuse",),
     5: ("clipbert.clip_logits",),
@@ -195,11 +195,20 @@ def run_pytest(number, desk, pipe):
         pytest.main(arguments, plugins=[Report(pipe)])
 
 
+def untouched(student, name):
+    """Whether a function is as write_copy left it."""
+    module, name = name.split(".", 1)
+    source = (student / SOURCES[module].name).read_text(encoding="utf-8-sig")
+    return 'raise NotImplementedError("Exercise ' in extract(source, name)
+
+
 def run_exercise(context, number, student, desk):
     """{test: None or what is wrong}, and why there are no more of them."""
     try:
+        if all(untouched(student, name) for name in EXERCISES[number]):
+            return {}, "not begun"
         write_solved(student, desk, but=number)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, LookupError) as error:
         return {}, one_line(error)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=run_pytest, args=(number, desk, theirs))

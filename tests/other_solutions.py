@@ -36,11 +36,12 @@ class GridFeatures:
         order = [2, 1, 0] if self.cfg.bgr else [0, 1, 2]
         return (frames - self.pixel_mean[order]) / self.pixel_std[order]
 
-    def features(self, frames):
-        x = self.normalize(frames)
+    def forward(self, frames):
+        x = self.normalize(frames).flatten(0, 1)
         x = self.resnet(x)
         x = F.conv2d(x, self.grid_encoder[0].weight, stride=1, padding=1).relu()
-        return F.max_pool2d(x, kernel_size=2, stride=2).movedim(1, -1)
+        x = F.max_pool2d(x, kernel_size=2, stride=2).movedim(1, -1)
+        return x.reshape(*frames.shape[:2], *x.shape[1:])
 
 
 class VisualEmbedding:

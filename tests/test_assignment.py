@@ -20,8 +20,8 @@ MISTAKES = {
         "around the end to the start": ("torch.minimum(frames, torch.tensor(num_frames - 1))", "(frames % num_frames)"),
     },
     2: {
-        "norm after the trunk": ("x = self.normalize(frames)\n        x = self.resnet(x)",
-                                 "x = self.normalize(self.resnet(frames.float())[:, :3])"),
+        "norm after the trunk": ("x = self.normalize(frames).flatten(0, 1)\n        x = self.resnet(x)",
+                                 "x = self.normalize(self.resnet(frames.flatten(0, 1).float())[:, :3])"),
         "colours turned, mean not": ("self.pixel_mean[order]", "self.pixel_mean"),
         "black stays zero": ("return (frames - self.pixel_mean[order]) / self.pixel_std[order]",
                              "return (frames - self.pixel_mean[order]) / self.pixel_std[order] * (frames > 0)"),
@@ -131,7 +131,7 @@ MISTAKES = {
 EQUIVALENT = {f"{name} {place}" for name, places in {
     # a difference of 0, or rounded away; float32 is precise enough for videos of some hours
     "sample_clips": "3:34-53/0 3:59-62/1 11:24-34/0 15:28-41/0 5:16-68/0 7:16-65/1 9:16-46/0 10:12-43/0 14:16-46/0",
-    "features": "4:8-69/1 5:11-51/2",  # the default
+    "forward": "4:8-69/1 5:8-48/2",  # the default
     "fuse": "5:12-51/1 10:74-77/0 10:74-77/1 11:69-70/1",  # an index may lie anywhere; 1e9 + 1; the only one
     "aggregate_clips": "4:18-65/0 5:63-64/1",  # gradients that cancel; the only one
     "video_loss": "3:40-41/1 4:23-65/1 6:26-50/1 6:47-49/0 8:21-22/1",  # the only axis, the only column
@@ -245,7 +245,7 @@ def test_grading_gives_partial_points_and_survives_what_students_write(copy, tmp
     write("finetune", "ranks_of", "def ranks_of(own, scores):\n    while True:\n        pass")
     assert assignment.grade(tmp_path, [5, 6, 8, 12]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(" 0 of 10") and "AttributeError" in lines[1]
+    assert lines[0].endswith(" 0 of 10") and "LookupError: there is no clip_logits" in lines[1]
     assert lines[2].endswith(" 1 of  7") and lines[3].startswith("     -2 value: ValueError")
     assert lines[6].endswith(" 0 of  8") and "the process ended before" in lines[7]
     assert lines[8].endswith(" 0 of  7") and "stopped after 20 seconds" in lines[9]
