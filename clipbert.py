@@ -219,8 +219,8 @@ class VisualEmbedding(nn.Module):
         if max(h, w) > self.MAX_GRID:
             raise ValueError(f"a grid of {h} x {w} cells, only {self.MAX_GRID} rows and columns: use a smaller size")
         x = grid.mean(1)  # (B, h, w, d): the order of frames within a clip is not seen
-        x = x + self.row_position_embeddings.weight[:h, None]  # (h, 1, d)
-        x = x + self.col_position_embeddings.weight[:w]  # (w, d)
+        x = x + self.row_position_embeddings.weight[:h, None]  # still (B, h, w, d): plus (h, 1, d)
+        x = x + self.col_position_embeddings.weight[:w]  # ... plus (w, d)
         x = x.flatten(1, 2)  # (B, h*w, d)
         if keep is not None and keep < h * w:
             x = x[:, torch.randperm(h * w, device=x.device)[:keep].sort().values]
@@ -260,7 +260,8 @@ class VideoTextEncoder(nn.Module):
 
         grid (B, T, h, w, d); input_ids, attention_mask (B*n, Lt), 1 is keep, 0 is padding. n texts per video (the
         options of a question, the captions of an image) stand one after the other and share the video's one CNN pass.
-        -> all hidden states (B*n, Lt + h*w, d), and the pooled [CLS] vector (B*n, d).
+        -> all hidden states (B*n, Lt + h*w, d), and the pooled [CLS] vector (B*n, d). bert.encoder adds the mask that
+        it is given, (B*n, 1, 1, Lt + h*w), to the attention scores: 0 is seen, -inf is not.
         """
         visual = self.visual_embeddings(grid, keep)  # (B, h*w, d)
         if input_ids.shape[0] % visual.shape[0]:
@@ -486,7 +487,8 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
 
         peak * step / warmup    if step < warmup, else    peak * (total_steps - step) / (total_steps - warmup)
 
-    step counts from 1 (the first update). Never exactly 0: the reference keeps 1e-8, so that no step is in vain.
+    step counts from 1 (the first update). Where that gives exactly 0, as at total_steps (even if all is warm-up), it
+    is the reference's 1e-8, so that no step is in vain.
     """
     warmup = int(warmup_ratio * total_steps)
     if step < warmup:

@@ -1,51 +1,49 @@
-"""Two exercises that have no function of their own in the project: what the training loops do in passing, and what
-torchvision does for us. The other exercises are functions of clipbert.py, data.py and finetune.py (see ASSIGNMENT.md).
+"""Exercises that have no function of their own in the project: what its loops do in passing, or in another way. The
+other exercises are functions of clipbert.py, data.py and finetune.py (see ASSIGNMENT.md).
 """
 
 import torch
-from torch import nn
+
+import clipbert
 
 
-def accumulate_gradients(model, optimizer, batches, loss_of, max_norm):
-    """One update from several batches, as if they were one large batch (paper, section 4).
+def evaluate(model, questions, read, n_test, how, at_once=16):
+    """Accuracy, in percent, with n_test clips a video (paper, section 4).
 
-        gradient = 1/k sum_j  d loss_of(model, batches[j]) / d parameters,     clipped to norm max_norm, then one step
+        p = G(p_1, ..., p_N),   N = n_test;   the prediction is the answer, or the option, with the highest p
 
-    batches: a list of k >= 1; each counts the same. loss_of(model, batch) -> scalar, the mean over that batch. No more
-    than one batch's activations are in memory at a time. Gradients that the model still holds from before don't count;
-    every trainable parameter of the model is in the optimizer.
-    -> (mean of the k losses, norm of the gradient before it was clipped): scalar tensors that hold no graph.
+    questions: a list of (video, input_ids (n, Lt), attention_mask (n, Lt), right answer): with n = 1 text its K scores
+    are those of K answers; with n > 1 texts, the options of a multiple choice, each has one score (K = 1).
+    read(video, n_test) -> all of its clips (n_test, T, 3, L, L). how: see clipbert.aggregate_clips.
+    at_once: no more clips than that go through the model in one call. The last call may have fewer.
+    The model is left in the mode it was in, training or testing.
     """
-    model.zero_grad(set_to_none=True)
-    mean_loss = 0.0
-    for batch in batches:
-        loss = loss_of(model, batch) / len(batches)
-        loss.backward()
-        mean_loss += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    optimizer.step()
-    return mean_loss, norm
+    was_training, right = model.training, 0
+    model.eval()
+    with torch.no_grad():
+        for video, ids, mask, answer in questions:
+            parts = read(video, n_test).split(at_once)
+            logits = [clipbert.clip_logits(model, part[None], ids, mask) for part in parts]  # (clips, n, K) each
+            p = clipbert.aggregate_clips(torch.cat(logits), how)  # (1, K), or of options (n, 1)
+            right += int(p.argmax() == answer)
+    model.train(was_training)
+    return 100 * right / len(questions)
 
 
-class FrozenBatchNorm(nn.Module):
-    """BatchNorm whose statistics and affine numbers never change, in training and testing alike.
+def match_captions(images, captions, generator):
+    """A batch for image-text matching: replace about half of the captions by wrong ones (paper, section 3).
 
-        y = (x - running_mean) / sqrt(running_var + eps) * weight + bias,     per channel
-
-    weight, bias, running_mean and running_var, (channels,) each, are in the state dict, move with `.to(device)`, and
-    are no parameters. A new one does nothing: mean and bias 0, variance and weight 1.
+    images: a list of B names; captions: the list of their B captions. An image may be there more than once, with other
+    captions. Each caption, whatever happens to the others, is replaced with probability 1/2: by one of the captions of
+    this batch that are not said of its image, each equally likely. Capital letters make no difference to what is said.
+    Where there is none, it stays. -> a new list of B captions; B labels (a list of ints): 1 where the caption is its
+    image's own, 0 where it is another's. All random numbers come from the generator.
     """
-
-    def __init__(self, channels, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x):
-        """(B, channels, H, W) -> (B, channels, H, W)"""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()  # (channels,)
-        shift = self.bias - self.running_mean * scale  # (channels,)
-        return x * scale[:, None, None] + shift[:, None, None]
+    texts, labels = list(captions), [1] * len(captions)
+    for i, image in enumerate(images):
+        own = {text.lower() for name, text in zip(images, captions, strict=True) if name == image}
+        others = [text for text in captions if text.lower() not in own]
+        if torch.rand((), generator=generator) < 0.5 and others:
+            texts[i] = others[torch.randint(len(others), (), generator=generator)]
+            labels[i] = 0
+    return texts, labels

@@ -1,11 +1,14 @@
-"""Solutions of the exercises that are as right as the project's own, but written in another way. test_assignment.py
-puts them in place: the tests must accept them, and must refuse what its list of mistakes makes of them.
+"""Solutions of the exercises that are as right as the project's, but written in another way.
+
+test_assignment.py puts them in place: the tests must accept them, and must refuse what slips and
+mistakes make of them.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+
+import clipbert
 
 
 def sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator=None):
@@ -26,25 +29,19 @@ def sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generato
     return torch.minimum(frames, torch.tensor(num_frames - 1)).to(torch.int64)
 
 
-def resized_shape(height, width, size):
-    if height >= width:
-        return size, max(1, width * size // height)
-    return max(1, height * size // width), size
+class GridFeatures:
+    def normalize(self, frames):
+        if self.cfg.bgr:
+            frames = frames[..., [2, 1, 0], :, :]
+        order = [2, 1, 0] if self.cfg.bgr else [0, 1, 2]
+        return (frames - self.pixel_mean[order]) / self.pixel_std[order]
 
-
-def resize_and_pad(frames, size):
-    height, width = resized_shape(frames.shape[-2], frames.shape[-1], size)
-    out = torch.zeros(*frames.shape[:-2], size, size, dtype=frames.dtype, device=frames.device)
-    if (height, width) == tuple(frames.shape[-2:]):
-        out[..., :height, :width] = frames
-        return out
-    flat = frames.flatten(0, -4) if frames.dim() > 3 else frames[None]
-    exact = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    exact = F.interpolate(exact, (height, width), mode="bilinear", antialias=False)
-    if frames.dtype == torch.uint8:
-        exact = (exact + 0.5).floor().clamp(0, 255)
-    out[..., :height, :width] = exact.reshape(*frames.shape[:-2], height, width).to(frames.dtype)
-    return out
+    def forward(self, frames):
+        x = self.normalize(frames).flatten(0, 1)
+        x = self.resnet(x)
+        x = F.conv2d(x, self.grid_encoder[0].weight, stride=1, padding=1).relu()
+        x = F.max_pool2d(x, kernel_size=2, stride=2).movedim(1, -1)
+        return x.reshape(*frames.shape[:2], *x.shape[1:])
 
 
 class VisualEmbedding:
@@ -61,8 +58,9 @@ class VisualEmbedding:
         if keep is not None and h * w > keep:
             chosen = torch.multinomial(torch.ones(h * w, device=grid.device), keep)
             tokens = tokens.index_select(1, chosen)
-        tokens = self.LayerNorm(tokens)
-        return self.dropout(tokens)
+        norm = self.LayerNorm
+        tokens = F.layer_norm(tokens, (d,), norm.weight, norm.bias, norm.eps)
+        return F.dropout(tokens, self.dropout.p, self.training)
 
 
 class VideoTextEncoder:
@@ -71,13 +69,21 @@ class VideoTextEncoder:
         if texts < videos or texts % videos != 0:
             raise ValueError(f"{texts} texts cannot be shared out among {videos} videos")
         owner = torch.arange(texts, device=grid.device) // (texts // videos)
-        visual = self.visual_embeddings(grid, keep=keep)[owner]
-        words = self.bert.embeddings(input_ids=input_ids)
+        visual = self.visual_embeddings(grid, keep)[owner]
+        words = self.bert.embeddings(input_ids)
         sequence = torch.cat((words, visual), 1)
-        hide = F.pad(attention_mask == 0, (0, visual.shape[1]), value=False)
-        bias = torch.zeros(hide.shape, dtype=sequence.dtype, device=hide.device).masked_fill(hide, -1e9)
-        states = self.bert.encoder(sequence, attention_mask=bias.view(texts, 1, 1, -1))[0]
+        hide = F.pad(attention_mask == 0, (0, visual.shape[1]))
+        bias = torch.zeros(hide.shape, device=hide.device).masked_fill(hide, -1e9)
+        states = self.bert.encoder(sequence, bias.view(texts, 1, 1, -1))[0]
         return states, self.bert.pooler(states)
+
+
+def clip_logits(model, frames, input_ids, attention_mask):
+    videos, clips = frames.shape[0], frames.shape[1]
+    n = len(input_ids) // videos
+    grids = model.encode_frames(frames.transpose(0, 1).flatten(0, 1))
+    ids, mask = input_ids.repeat(clips, 1), attention_mask.repeat(clips, 1)
+    return model.classify(grids, ids, mask).unflatten(0, (clips, videos * n))
 
 
 def aggregate_clips(logits, how):
@@ -105,14 +111,22 @@ def video_loss(p, target, kind):
         all_targets[:, : target.shape[1]] = target
         loss = p.clamp(min=0) - p * all_targets + (-p.abs()).exp().log1p()
         return loss.sum(1).mean()
-    if kind == "rank":
-        return rank_loss(p.reshape((target == 1).sum(), -1))
     raise ValueError(f"no such kind of answer: {kind}")
 
 
-def rank_loss(p, margin=0.2):
-    own, wrong = torch.sigmoid(p[:, 0]), torch.sigmoid(p[:, 1:])
-    return F.relu(margin - (own.unsqueeze(1) - wrong)).mean()
+def evaluate(model, questions, read, n_test, how, at_once=16):
+    mode, right = model.training, []
+    model.train(False)
+    with torch.inference_mode():
+        for video, ids, mask, answer in questions:
+            clips = read(video, n_test)
+            p = []
+            for first in range(0, len(clips), at_once):
+                p += clipbert.clip_logits(model, clips[None, first : first + at_once], ids, mask)
+            p = clipbert.aggregate_clips(torch.stack(p), how).flatten()
+            right.append(p.argmax().item() == answer)
+    model.train(mode)
+    return sum(right) / len(right) * 100
 
 
 def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
@@ -125,79 +139,39 @@ def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
     masked = input_ids.clone()
     masked[chosen & (fate < 0.8)] = tokenizer.mask_token_id
     swapped = chosen & (fate >= 0.8) & (fate < 0.9)
-    masked[swapped] = torch.randint(0, len(tokenizer), (int(swapped.sum()),), generator=generator)
+    masked[swapped] = torch.randint(len(tokenizer), (int(swapped.sum()),), generator=generator)
     return masked, labels
 
 
-def mlm_loss(scores, labels, over="masked"):
+def mlm_loss(scores, labels, over="masked", text_length=30):
     if over not in ("masked", "all"):
         raise ValueError(f"{over} is neither masked nor all")
     masked = labels != -100
     log_p = scores[masked].float().log_softmax(-1)
     total = -log_p.gather(1, labels[masked][:, None]).sum()
-    return total / (labels.numel() if over == "all" else max(int(masked.sum()), 1))
+    return total / (labels.shape[0] * text_length if over == "all" else max(int(masked.sum()), 1))
 
 
-def draw_mismatch(caption_of, count, own, generator):
-    tries = 0
-    while tries < 100:
-        number = int(torch.rand((), generator=generator, dtype=torch.float64) * count)
-        text = caption_of(number)
-        if text.lower() in own:
-            tries += 1
-        else:
-            return text
+def itm_loss(scores, labels):
+    other = scores.float().flip(1)
+    margin = (other - scores.float()).gather(1, labels[:, None])
+    return F.softplus(margin).mean()
 
 
-class CaptionDataset:
-    def draw_captions(self, image, generator):
-        deck = list(image.captions)
-        for i in range(len(deck) - 1, 0, -1):
-            j = int(torch.randint(i + 1, (1,), generator=generator))
-            deck[i], deck[j] = deck[j], deck[i]
-        right_first = torch.rand(1, generator=generator).item() < 0.5
-        texts, labels, used = [], [], 0
-        for i in range(self.captions):
-            right = (i % 2 == 0) == right_first
-            wrong = None if right else self.draw_mismatch(image, generator)
-            if wrong is None:
-                texts.append(deck[used % len(deck)])
-                used += 1
-            else:
-                texts.append(wrong)
-            labels.append(int(wrong is None))
-        return texts, labels
-
-
-def accumulate_gradients(model, optimizer, batches, loss_of, max_norm):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in model.parameters():
-        p.grad = None
-    losses = []
-    for batch in batches:
-        loss = loss_of(model, batch)
-        loss.backward()
-        losses.append(loss.detach())
-    used = [p for p in parameters if p.grad is not None]
-    for p in used:
-        p.grad.div_(len(batches))
-    norm = torch.stack([p.grad.norm() for p in used]).norm()
-    if norm > max_norm:
-        for p in used:
-            p.grad.mul_(max_norm / norm)
-    optimizer.step()
-    return torch.stack(losses).mean(), norm
-
-
-def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
-    warmup = int(total_steps * warmup_ratio // 1)
-    if step < warmup:
-        share = step / warmup
-    elif step >= total_steps:
-        share = 0
-    else:
-        share = 1 - (step - warmup) / (total_steps - warmup)
-    return max(share * peak, 0.0) if share > 0 else 1e-8
+def match_captions(images, captions, generator):
+    said = {}
+    for image, text in zip(images, captions, strict=True):
+        said.setdefault(image, set()).add(text.lower())
+    texts, labels = [], []
+    for image, text in zip(images, captions, strict=True):
+        others = [t for t in captions if t.lower() not in said[image]]
+        stays = not others or int(torch.randint(2, (1,), generator=generator)) == 1
+        if not stays:
+            place = torch.multinomial(torch.ones(len(others)), 1, generator=generator)
+            text = others[place.item()]
+        texts.append(text)
+        labels.append(int(stays))
+    return texts, labels
 
 
 def retrieval_metrics(scores, video_of_caption):
@@ -209,7 +183,7 @@ def retrieval_metrics(scores, video_of_caption):
         own = [i for i, v in enumerate(video_of_caption) if v == video]
         if not own:
             continue
-        column = scores[:, video].clone()
+        column = scores[:, video]
         best = max(own, key=lambda i: column[i].item())
         rivals = [i for i in range(len(column)) if i not in own or i == best]
         videos.append(ranks_of(column[best].reshape(1, 1), column[rivals].reshape(1, -1)))
@@ -221,16 +195,3 @@ def ranks_of(own, scores):
     lucky = 1 + (scores > own).sum(axis=1)
     unlucky = (scores >= own).sum(axis=1)
     return torch.tensor((lucky + unlucky) / 2)
-
-
-class FrozenBatchNorm:
-    def __init__(self, channels, eps=1e-5):
-        nn.Module.__init__(self)
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((channels,), value))
-        self.eps = eps
-
-    def forward(self, x):
-        return nn.functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-        )
