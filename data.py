@@ -41,7 +41,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 import zipfile
@@ -1780,153 +1779,106 @@ def toy_data(*parts, folder="toy_data"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures: rows of frames, lines of text and bars, over one time line of clips
+# Pictures: `python data.py show`, finetune.py's --sheet and the sheet that training leaves
 #
-# `python data.py show`, finetune.py's --sheet and the sheet that training leaves are all drawn by `draw_sheet`. It piles
-# up strips that are as high as what they hold: so nothing overlaps, and no text is cut.
+# A sheet is a list of images, one below the other. Each of them is made of smaller ones in the same
+# way, so `pile` is all the layout there is: nothing overlaps, and everything has the room it needs.
 
-WIDTH, MARGIN, GAP = 1600, 40, 8  # of a sheet, in pixels: two fit side by side on a large screen
-TEXT_WIDTH = 400  # of the lines between pictures and bars: some 50 letters, as in a book
+SIDE, GAP = 180, 10  # pixels of a picture, and between two: a frame of 448 can still be recognised,
+WIDTH = 8 * (SIDE + GAP) - GAP  # and eight stand side by side, which is 4 clips of 2 frames, on a usual screen
+MARGIN = 40  # around the sheet
 DARK, GREY, PALE = "#333333", "#666666", "#cccccc"
 SHEET_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # by Okabe and Ito: all can tell them
 HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis: brightness alone tells it
+TOY_NOTE = ("Toy data: the yellow dots at the top are moons, which a question counts; the grey squares at the bottom "
+            "count the repetitions of the action, and stay until the next round begins.")
 
 
-class SheetRow(NamedTuple):
-    """One row of a sheet, from left to right; the columns of all rows stand below each other."""
-
-    pictures: list  # (image, what is written below it, the colour of its border)
-    lines: tuple = ()  # of text; the first is a title, in the row's colour
-    bars: tuple = ()  # (name, length from 0 to 1, the number behind it, colour)
-    color: str = DARK
-
-
-def draw_sheet(title, about, rows, line=None, notes=()):
-    """-> the picture. line: a strip by `time_line`; notes: texts for the end, in small letters."""
-    # Columns are as wide as what they hold, the same for all rows: like things stand below each other.
-    left = MARGIN + max(sum(image.width + GAP for image, *_ in row.pictures) for row in rows) + GAP
-    bars = [bar for row in rows for bar in row.bars]
-    texts = [text for row in rows for text in row.lines]
-    width = widest(texts, 18, TEXT_WIDTH if bars else WIDTH - MARGIN - left)  # of the column of lines
-    start = left + width + 3 * GAP  # of the names of the bars, which get two fifths of what is left
-    names = widest([name for name, *_ in bars], 16, (WIDTH - MARGIN - start) * 2 // 5)
-    # Each strip knows its own height, so the sheet's is their sum, and nothing need be measured twice.
-    strips = [text_strip(title, 28, DARK), text_strip(about, 18, GREY), *([line] if line else [])]
-    strips += [draw_row(row, left, width, start, names) for row in rows]
-    strips += [text_strip(note, 16, GREY) for note in notes]
-    sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + sum(strip.height + 2 * GAP for strip in strips)), "white")
-    y = MARGIN
-    for strip in strips:
-        sheet.paste(strip, (0, y))
-        y += strip.height + 2 * GAP
-    return sheet
+def draw_sheet(title, about, strips, path):
+    """The whole picture, of strips at most WIDTH wide; path: a file that is shown, which may be toy data."""
+    strips = [text_strip(title, 28), text_strip(about, color=GREY), *strips]
+    if (Path(path).absolute().parent.parent / f"complete-{TOY_VERSION}").exists():  # see toy_data
+        strips.append(text_strip(TOY_NOTE, color=GREY))
+    return ImageOps.expand(pile(strips, gap=2 * GAP), MARGIN, "white")
 
 
-def text_strip(text, size, color):
-    """A strip with lines of text over the whole width."""
-    lines = wrap(text, size, WIDTH - 2 * MARGIN)
-    strip = Image.new("RGB", (WIDTH, (size + 6) * len(lines)), "white")
-    write(ImageDraw.Draw(strip), (MARGIN, 0), "\n".join(lines), size, color)
+def pile(images, across=False, gap=GAP):
+    """The images as one, each below the one before it; across: to its right."""
+    width, height = [image.width + gap for image in images], [image.height + gap for image in images]
+    size = (sum(width), max(height)) if across else (max(width), sum(height))
+    whole = Image.new("RGB", (size[0] - gap, size[1] - gap), "white")  # no gap after the last one
+    for i, image in enumerate(images):
+        whole.paste(image, (sum(width[:i]), 0) if across else (0, sum(height[:i])))
+    return whole
+
+
+def text_strip(text, size=17, color=DARK, width=WIDTH):
+    """Text in lines of at most `width` pixels; size: of its letters."""
+    font, lines = ImageFont.load_default(size), [""]
+    # A line breaks before a word, or after 30 letters of a longer one: so many "W" fit beside the
+    # pictures, and no text is ever cut off.
+    for piece in re.findall(r"\S{1,30} ?", " ".join(text.split())):
+        if font.getlength(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    strip = Image.new("RGB", (width, (size + 6) * len(lines)), "white")
+    for i, line in enumerate(lines):  # one by one: together they would be as far apart as their letters are high
+        ImageDraw.Draw(strip).text((0, (size + 6) * i), line.rstrip(), fill=color, font=font)
     return strip
 
 
-def draw_row(row, left, width, start, names):
-    """A strip: pictures from the margin on, lines from `left` on, bars from `start` on.
+def row_strip(title, pictures, bars=(), color=DARK):
+    """A title; below it, pictures and, in the room that they leave, bars.
 
-    width and names: the widths of the lines and of the bars' names, which are wrapped to them.
+    pictures: (image, what is written below it, the colour of its border); bars: (text, length from 0
+    to 1, colour). The border tells which clip it is, as does the clip's colour on the time line.
     """
-    lines = [wrap(line, 18, width) for line in row.lines]
-    labels = [wrap(name, 16, names) for name, *_ in row.bars]
-    # as high as the highest of the three: 26 pixels for what is written below a picture, 24 for a
-    # line of 18, and 22 for one of 16, with 6 between two bars
-    heights = [image.height + 26 for image, *_ in row.pictures]
-    heights += [24 * sum(map(len, lines)), sum(22 * len(label) + 6 for label in labels)]
-    strip = Image.new("RGB", (WIDTH, max(heights)), "white")
-    draw, x, y = ImageDraw.Draw(strip), MARGIN, 0
-    for image, caption, color in row.pictures:
-        strip.paste(image, (x, 0))
-        # the border tells which clip it is, as does the clip's bar on the time line
-        draw.rectangle((x, 0, x + image.width - 1, image.height - 1), outline=color, width=2)
-        write(draw, (x + image.width // 2, image.height + 5), caption, 15, GREY, "ma")
-        x += image.width + GAP
-    for i, parts in enumerate(lines):
-        write(draw, (left, y), "\n".join(parts), 18, DARK if i else row.color)
-        y += 24 * len(parts)
-    x, y = start + names + GAP, 0
-    for label, (_, length, number, color) in zip(labels, row.bars, strict=True):
-        # 60: room for the number behind the longest bar; 2: a length of 0 is a line, not a gap
-        end = x + max(2, round((WIDTH - MARGIN - 60 - x) * length))
-        draw.rectangle((x, y + 1, end, y + 18), fill=color)
-        write(draw, (start, y), "\n".join(label), 16, DARK)
-        write(draw, (end + GAP, y), number, 16, DARK)
-        y += 22 * len(label) + 6
-    return strip
+    framed = [pile([ImageOps.expand(image, 2, border), text_strip(text, 14, GREY, image.width)], gap=4)
+              for image, text, border in pictures]  # fmt: skip
+    room, lines = WIDTH - sum(image.width + GAP for image in framed), []
+    for text, length, fill in bars:
+        # 2: a length of 0 is a line, not nothing; 7: thin, as the text above it already says how long
+        lines += [text_strip(text, 16, DARK, room), Image.new("RGB", (max(2, round(room * length)), 7), fill)]
+    columns = [*framed, pile(lines, gap=2)] if lines else framed
+    return pile([text_strip(title, color=color), pile(columns, across=True)], gap=4)
 
 
-def write(draw, place, text, size, color, anchor="la"):
-    """Text, its lines size + 6 pixels apart: its letters' own height would differ from line to line."""
-    for i, line in enumerate(text.splitlines()):
-        font = ImageFont.load_default(size)
-        draw.text((place[0], place[1] + (size + 6) * i), line, fill=color, font=font, anchor=anchor)
+def time_line(media, clips, length, colors):
+    """A strip: the video's seconds on an axis, below it a numbered bar for each clip, with a dot for each frame.
 
-
-def widest(texts, size, most):
-    """The width in pixels of the longest text, but not more than `most`."""
-    font = ImageFont.load_default(size)
-    return min(most, max((math.ceil(font.getlength(text)) for text in texts), default=0))
-
-
-def wrap(text, size, width):
-    """Text as lines of at most `width` pixels: as many letters to a line as fit.
-
-    Letters differ in width, and a word may be longer than a line. So let textwrap count letters,
-    and try fewer and fewer until the widest line fits.
+    clips (N, T): frame indices; length: a clip's seconds; colors: one a clip.
     """
-    text, font = text[:2000], ImageFont.load_default(size)  # 2000: a sheet must end
-    text = text.replace("\n", " ")
-    most = 1 + int(1.2 * len(text) * width / max(font.getlength(text), 1))  # 1.2: few "W", many "i"
-    for letters in range(most, 0, -1):
-        lines = textwrap.wrap(text, letters)
-        if all(font.getlength(line) <= width for line in lines):
-            break
-    return lines
-
-
-def time_line(media, clips, length, colors, uniform):
-    """A strip: seconds on an axis, below it a numbered bar for each clip, with a dot for each of its frames.
-
-    clips (N, T): frame indices, of which those at one time stand below each other; length: a clip's seconds.
-    """
-    seconds, starts = media.num_frames / media.fps, (clips[:, 0] / media.fps).tolist()
-    scale = (WIDTH - 2 * MARGIN) / seconds  # pixels of a second
-    step = next((s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300) if seconds / s <= 12), seconds / 10)
-    # Clips may overlap: each takes the first lane that is free again.
-    lanes, ends = [], []  # each clip's lane; where, in pixels, each lane ends so far
-    for start in starts:
-        lanes.append(next((lane for lane, end in enumerate(ends) if end <= scale * start + 1e-3), len(ends)))
-        ends[lanes[-1] : lanes[-1] + 1] = [scale * start + max(scale * length, 20)]  # 20: room for its number
-    end = min(max(starts) + length, seconds)
-    remark = uniform and len(clips) > 1 and seconds - end > 0.05  # 0.05: a frame or two are no part
-    strip = Image.new("RGB", (WIDTH, 38 + 36 * len(ends) + 26 * remark), "white")
-    draw = ImageDraw.Draw(strip)
-    draw.line((MARGIN, 28, WIDTH - MARGIN, 28), fill=DARK, width=2)
-    for i in range(int(seconds / step + 1e-6) + 1):  # 1e-6: 8.000 s may be a little less than 8
-        x = MARGIN + scale * i * step
-        draw.line((x, 22, x, 28), fill=DARK, width=2)
-        write(draw, (x, 18), f"{i * step:g} s", 15, DARK, "ms")
-    if remark:
-        draw.rectangle((MARGIN + scale * end + 2, 34, WIDTH - MARGIN, 46), fill="#eeeeee")
-        say = f"Uniform clips start at f i / N, i = 0 .. N - 1: nothing after {end:.2f} s is looked at (grey)."
-        write(draw, (MARGIN, 42 + 36 * len(ends)), say, 16, GREY)
-    for i, (row, lane, color) in enumerate(zip(clips.tolist(), lanes, colors, strict=True)):
-        left, y = MARGIN + scale * starts[i], 34 + 36 * lane
-        # 2: a gap between neighbours; 5: a second of an hour would be half a pixel
-        right = max(min(left + scale * length, WIDTH - MARGIN) - 2, left + 5)
-        draw.rectangle((left, y, right, y + 12), fill=color)
+    seconds = media.num_frames / media.fps
+    scale = WIDTH / seconds  # pixels of a second
+    lanes, ends = [time_axis(seconds)], [math.inf]  # the strips, and where in each the last bar ends
+    for i, (row, color) in enumerate(zip(clips.tolist(), colors, strict=True)):
+        # 20 pixels: room for the clip's number; 5: a second of an hour would be half a pixel
+        left = min(scale * row[0] / media.fps, WIDTH - 20)
+        right = left + max(scale * length - 2, 5)  # 2: a gap between neighbours
+        # Clips may overlap: each takes the first lane that is free again, or a new one.
+        lane = next((k for k, end in enumerate(ends) if end <= left + 0.01), len(lanes))
+        if lane == len(lanes):
+            lanes.append(Image.new("RGB", (WIDTH, 34), "white"))
+            ends.append(0)
+        ends[lane] = left + max(scale * length, 20)
+        draw = ImageDraw.Draw(lanes[lane])
+        draw.rectangle((left, 0, right, 12), fill=color)
         for index in row:
-            x = min(max(MARGIN + scale * index / media.fps, left + 5), right - 3)
-            draw.ellipse((x - 2, y + 4, x + 2, y + 8), fill="white")
-        write(draw, (max((left + right) / 2, left + 8), y + 15), str(i + 1), 14, color if color != PALE else GREY, "ma")
+            x = min(max(scale * index / media.fps, left + 4), right - 4)
+            draw.ellipse((x - 2, 4, x + 2, 8), fill="white")
+        draw.text((left, 15), str(i + 1), fill=DARK, font=ImageFont.load_default(14))
+    return pile(lanes, gap=0)
+
+
+def time_axis(seconds):
+    """A strip: eight equal parts of a video, with the seconds at their ends."""
+    strip = Image.new("RGB", (WIDTH, 34), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(15)
+    draw.line((0, 28, WIDTH, 28), fill=DARK, width=2)
+    for i in range(9):
+        x, anchor = (WIDTH - 2) * i / 8, "rs" if i == 8 else "ls"  # the last one ends where the sheet does
+        draw.line((x, 20, x, 28), fill=DARK, width=2)
+        draw.text((x, 17), f"{seconds * i / 8:.2f} s", fill=DARK, font=font, anchor=anchor)
     return strip
 
 
@@ -1939,32 +1891,29 @@ def contact_sheet(path, n_clips, n_frames, target_fps, size, seed=None):
     clips = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, seed is not None, generator)
     clips = clips[clips[:, 0].argsort(stable=True)]  # random ones in the order of time, too
     colors = [SHEET_COLORS[i % len(SHEET_COLORS)] for i in range(n_clips)]
-    per_row = n_frames * (8 // n_frames) or 8  # whole clips, unless they are longer than eight pictures
-    # 360 pixels are enough to see: a model's 448 would fill the screen with one clip
-    side = min(360, (WIDTH - 2 * MARGIN) // min(per_row, clips.numel()) - GAP)
     indices, pictures = clips.flatten().tolist(), []
-    for i, pixels in enumerate(read_frames(path, indices, size)):
+    for i, frame in enumerate(read_frames(path, indices, size)):
         caption = f"clip {i // n_frames + 1}: {indices[i] / media.fps:.2f} s"
-        pictures.append((picture(pixels, side, media), caption, colors[i // n_frames]))
-    rows = [SheetRow(pictures[i : i + per_row]) for i in range(0, len(pictures), per_row)]
-    how = "uniform, as in testing" if seed is None else f"at random, as in training (seed {seed})"
+        pictures.append((picture(frame, media), caption, colors[i // n_frames]))
+    how = f"at random, as in training (seed {seed})."
+    if seed is None:  # those who wonder why the end is never looked at find the reason here
+        how = "uniform, as in testing: clip i starts at f i / N, i = 0 .. N - 1, with f = length - clip (N = 1: f / 2)."
     h, w = resized_shape(media.height, media.width, size)
-    about = (f"N = {n_clips} clips of T = {n_frames} frames, {how}. Pixels: {media.width} x {media.height}, resized to "
-             f"{w} x {h}, padded to {size} x {size}.")  # fmt: skip
-    line = time_line(media, clips, n_frames / target_fps, colors, seed is None)
-    return draw_sheet(Path(path).name, about, rows, line, toy_notes(path))
+    pixels = f"Pixels: {media.width} x {media.height}, resized to {w} x {h}, padded to {size} x {size}."
+    strips = [time_line(media, clips, n_frames / target_fps, colors)]
+    strips += [row_strip("", pictures[i : i + 8]) for i in range(0, len(pictures), 8)]
+    about = f"N = {n_clips} clips of T = {n_frames} frames, {how} {pixels}"
+    return draw_sheet(Path(path).name, about, strips, path)
 
 
-def picture(pixels, side, media):
-    """A frame (3, L, L) as a picture, its padding labelled: black may be a night, too.
-
-    media: of the file; None for one that can't be read.
-    """
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
-    h, w = resized_shape(media.height, media.width, side) if media else (0, side)
-    if side - h > 20 or side - w > 60:  # below the frame or right of it: never both
-        place = ((w + side * (w < side)) // 2, (h + side * (h < side)) // 2)
-        write(ImageDraw.Draw(image), place, "padding" if media else "unreadable", 15, "#999999", "mm")
+def picture(frame, media):
+    """A frame (3, L, L) as the model receives it; media: of its file, None for one that can't be read."""
+    side = SIDE - 4  # two pixels of border on each side
+    image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
+    shape = resized_shape(media.height, media.width, side) if media else (0, 0)
+    if min(shape) < side - 60:  # room for a word at the bottom or the right: black may be a night, too
+        place, font = (side - 4, side - 4), ImageFont.load_default(14)
+        ImageDraw.Draw(image).text(place, "padding" if media else "unreadable", fill=PALE, font=font, anchor="rs")
     return image
 
 
@@ -1984,14 +1933,6 @@ def colors(values, top):
     stops = np.linspace(0, top, len(HEAT))
     rgb = [np.interp(values.numpy(), stops, channel) for channel in zip(*HEAT, strict=True)]
     return Image.fromarray(np.stack(rgb, -1).astype(np.uint8))
-
-
-def toy_notes(path):
-    """What the dots and squares in a toy video mean; nothing for any other file."""
-    if any((place / f"complete-{TOY_VERSION}").exists() for place in Path(path).absolute().parents[:2]):
-        return ["Toy data: the yellow dots at the top are moons, which a question counts; the grey squares at the bottom "
-                + "count the repetitions of the action, and stay until the next round begins."]  # fmt: skip
-    return []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

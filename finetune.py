@@ -566,8 +566,8 @@ class Seen(NamedTuple):
     attention: torch.Tensor  # (N, h, w): from [CLS] to each cell of the grid; the rest of 1 goes to the words
     names: list
     scores: torch.Tensor  # (N, n): what each clip says alone, as probabilities; in counting, the number
-    weights: torch.Tensor  # (N,): of each clip in G
     ranking: torch.Tensor  # (n,): what all clips say together
+    points: torch.Tensor  # (N,): p_i of the best name, before any softmax: what G makes one number of
     unreadable: list  # what is wrong with the video, if it can't be read: then its frames are black
 
 
@@ -595,121 +595,7 @@ def look(s, model, collate, example, n_clips):
     text = best if example.options else 0  # multiple choice has a text for each option
     grid = kept[0].mean(1).cpu().unflatten(0, logits.shape[:2])[:, text, batch["input_ids"].shape[1] :]  # (N, h*w)
     grid = grid.unflatten(1, (math.isqrt(grid.shape[1]), -1))
-    return Seen(batch["frames"][0].cpu(), grid, names, scores, clip_weights(points[:, best], s.agg), ranking,
-                batch["unreadable"][0])
-
-
-def telling_clips(seen, how):
-    """The clips in the order of what they add to the answer, and this order in words.
-
-    By their weight in G; where all weigh the same, as in mean, by how sure each is of what all say together.
-    """
-    own = seen.scores[:, seen.ranking.argmax()]
-    order = sorted(range(len(own)), key=lambda i: (seen.weights[i].item(), own[i].item()), reverse=True)
-    return order, "surest of the answer" if how == "mean" else "heaviest in G"
-
-
-def best_first(scores, most=5):
-    return scores.topk(min(most, len(scores))).indices.tolist()
-
-
-def bars(seen, scores, color):
-    """A bar for each of the best names of all clips, the highest in colour.
-
-    All rows have the same names in the same order, so that they can be compared; but a clip's own
-    favourite is always there.
-    """
-    order = best_first(seen.ranking)
-    if (own := scores.argmax().item()) not in order:
-        order[-1] = own
-    full = 10 if seen.names == ["count"] else 1  # of the longest bar: a probability of 1; most counts are below 10
-    lengths = (scores / full).clamp(0, 1).tolist()
-    return [(seen.names[j], lengths[j], f"{scores[j]:.3f}", color if j == own else data.PALE) for j in order]
-
-
-ATTENTION = ("Colours on the grid: [CLS]'s attention to each cell in the last layer, the mean of all heads; the rest of "
-             "100% goes to the words. Attention is not an explanation: the answer may hang on something else.")
-
-
-def scale(top, name):
-    """The last row's picture: what the colours mean."""
-    return data.colors(torch.linspace(0, top, 170).expand(16, -1), top), f"0 to {name}", data.GREY
-
-
-def prediction_sheet(s, seen, clips):
-    """What led to an answer: the s.clips most telling clips in order of time, and what G makes of all clips.
-
-    clips (N, T): frame indices. The time line has all clips, those without a row in grey. All grids
-    have one scale of colours, so that clips can be compared.
-    """
-    media, (N, T), most = data.probe(s.predict), clips.shape, s.clips
-    order, why = telling_clips(seen, s.agg)
-    shown = range(0, T, -(-T // 4))  # at most four frames of a clip
-    side = min(180, 720 // (len(shown) + 1) - data.GAP)  # pictures get half the sheet
-    colors, rows, top = [data.PALE] * N, [], seen.attention.max().item()
-    for k, i in enumerate(sorted(order[:most])):
-        colors[i] = color = data.SHEET_COLORS[k % len(data.SHEET_COLORS)]
-        times, weight = (clips[i] / media.fps).tolist(), seen.weights[i].item()
-        pictures = [data.picture(pixels, side, media) for pixels in seen.frames[i]]
-        # The model takes the mean over the T frames of a clip: there is one grid, drawn over the middle frame.
-        grid = data.overlay(pictures[T // 2], seen.attention[i], top)
-        rows.append(data.SheetRow(
-            [*((pictures[t], f"{times[t]:.2f} s", color) for t in shown),
-             (grid, f"{seen.attention[i].sum():.0%} on the grid", color)],
-            (f"clip {i + 1} of {N}", f"from {times[0]:.2f} s", "on its own it says:"),
-            [*bars(seen, seen.scores[i], color), ("its weight in G", weight, f"{weight:.3f}", data.DARK)], color,
-        ))  # fmt: skip
-    ranking = bars(seen, seen.ranking, data.DARK)
-    rows.append(data.SheetRow([scale(top, f"{top:.1%} in one cell")], ("All clips:", f"G = {s.agg}"), ranking))
-    about = f"{Path(s.predict).name}: N = {N} clips of T = {T} frames{f', shown: the {most} {why}' if most < N else ''}"
-    line = data.time_line(media, clips, T / s.fps, colors, True)
-    return data.draw_sheet(s.question, about, rows, line, [ATTENTION, *data.toy_notes(Path(s.predict))])
-
-
-def example_sheet(s, model, collate, examples, predictions, each=4):
-    """A picture of the first few test examples that were right, and of those that were wrong.
-
-    The first, not the best: chosen ones would tell nothing about the model.
-    """
-    # Right is, in retrieval, a caption whose own video comes first, and in counting what is off by less than a half.
-    rows, paths = {True: [], False: []}, {example.video: example.path for example in examples}
-    for example, said in zip(examples, predictions, strict=True):
-        right = said["rank"] == 1 if "rank" in said else said["mse"] < .25 if "mse" in said else said["accuracy"] >= .5
-        if len(rows[right]) < each:
-            row, why = example_row(s, model, collate, example, said, right, paths)
-            rows[right].append(row)
-    title = f"{TASKS[s.task].title}, N_test = {said['clips']}: the first test examples right and wrong"
-    about = f"Of each video one clip is shown, the one {why}; the bars are what all clips say together."
-    rows = [*rows[True], *rows[False], data.SheetRow([scale(1, "the highest cell")])]
-    return data.draw_sheet(title, about, rows, notes=[ATTENTION, *data.toy_notes(Path(examples[0].path or ""))])
-
-
-def example_row(s, model, collate, example, said, right, paths):
-    """The row of an example, and the reason why its clip was chosen.
-
-    In retrieval it has two videos, the caption's own and the best other one: of a mistake, those that
-    the model took for each other.
-    """
-    color, pictures, shown = "#009e73" if right else "#d55e00", [], []
-    lines, videos = [f"{'right' if right else 'wrong'}: {example.text}"], {example.video: ""}
-    if "rank" in said:
-        others = [video for video in said["prediction"] if video != example.video]
-        videos = {example.video: f"its own: number {said['rank']:g}"}
-        videos |= {video: f"other: number {said['prediction'].index(video) + 1}" for video in others[:1]}
-    else:
-        lines.append(f"answer: {example.options[example.answer] if example.options else example.answer}")
-    for video, name in videos.items():
-        seen = look(s, model, collate, example._replace(video=video, path=paths[video]), said["clips"])
-        (i, *_), why = telling_clips(seen, s.agg)
-        # a video that can't be read has black frames and no facts; the model answered without it
-        media = None if seen.unreadable else data.probe(paths[video])
-        image = data.picture(seen.frames[i, seen.frames.shape[1] // 2], 172, media)
-        # Each picture has its own scale here: other videos and other questions can't be compared.
-        grid = data.overlay(image, seen.attention[i], seen.attention[i].max().item())
-        pictures += [(image, name or f"clip {i + 1} of {said['clips']}", color),
-                     (grid, f"{seen.attention[i].sum():.0%} on the grid", color)]  # fmt: skip
-        shown += bars(seen._replace(names=[name]) if name else seen, seen.ranking, color)
-    return data.SheetRow(pictures, lines, shown, color), why
+    return Seen(batch["frames"][0].cpu(), grid, names, scores, ranking, points[:, best], batch["unreadable"][0])
 
 
 def probabilities(kind, p):
@@ -724,6 +610,103 @@ def clip_weights(scores, how):
     with torch.enable_grad():
         scores = scores.detach()[:, None].requires_grad_()
         return torch.autograd.grad(clipbert.aggregate_clips(scores, how).sum(), scores)[0][:, 0]
+
+
+def best_first(scores, most=5):
+    return scores.topk(min(most, len(scores))).indices.tolist()
+
+
+def bars(seen, scores, color):
+    """A bar for each of the five best names of all clips, the highest in colour.
+
+    All strips have the same names in the same order, so that they can be compared.
+    """
+    full = 10 if seen.names == ["count"] else 1  # of the longest bar: a probability of 1; TGIF-QA counts up to 10
+    shown = best_first(seen.ranking)
+    best = max(shown, key=scores.__getitem__)
+    return [(f"{scores[j]:.3f}  {seen.names[j]}", (scores[j] / full).clamp(0, 1).item(),
+             color if j == best else data.PALE) for j in shown]  # fmt: skip
+
+
+def legend(top, name):
+    """The last strip: what the colours on the grid mean, and what they do not."""
+    text = ("Colours on the grid: [CLS]'s attention to each cell in the last layer, the mean of all heads; the rest of "
+            "100% goes to the words. Attention is not an explanation: the answer may hang on something else.")
+    scale = data.colors(torch.linspace(0, top, data.SIDE).expand(16, -1), top)
+    return data.row_strip(text, [(scale, f"0 to {name}", data.GREY)], color=data.GREY)
+
+
+def prediction_sheet(s, seen, clips):
+    """What led to an answer: a strip for each of s.clips clips, in order of time, and what G makes of all clips.
+
+    clips (N, T): frame indices. The time line has all clips, those without a strip in grey. All grids
+    have one scale of colours, so that clips can be compared.
+    """
+    media, (N, T), top = data.probe(s.predict), clips.shape, seen.attention.max().item()
+    # Whatever G is, mean, max or lse: the higher a clip's own p_i, the more of the answer is due to it.
+    shown = sorted(best_first(seen.points, s.clips))
+    colors = {i: data.SHEET_COLORS[k % len(data.SHEET_COLORS)] for k, i in enumerate(shown)}
+    strips = [data.time_line(media, clips, T / s.fps, [colors.get(i, data.PALE) for i in range(N)])]
+    weights = clip_weights(seen.points, s.agg).tolist()
+    for i, color in colors.items():
+        images = [data.picture(pixels, media) for pixels in seen.frames[i]]
+        # at most four frames, so that the bars get more than a third of the sheet
+        pictures = [(images[t], f"{clips[i, t] / media.fps:.2f} s", color) for t in range(0, T, -(-T // 4))]
+        # The model takes the mean over the T frames of a clip: there is one grid, drawn over the middle frame.
+        grid = data.overlay(images[T // 2], seen.attention[i], top)
+        pictures.append((grid, f"{seen.attention[i].sum():.0%} on the grid", color))
+        weight = (f"{weights[i]:.3f}  is its weight in G", weights[i], data.DARK)
+        title = f"Clip {i + 1} of {N}. On its own it says:"
+        strips.append(data.row_strip(title, pictures, [*bars(seen, seen.scores[i], color), weight], color))
+    strips.append(data.row_strip(f"All clips together, G = {s.agg}:", [], bars(seen, seen.ranking, data.DARK)))
+    about = f"{Path(s.predict).name}: N = {N} clips of T = {T} frames"
+    if len(shown) < N:
+        about += f"; shown are the {len(shown)} with the highest score for the answer, the others are grey"
+    return data.draw_sheet(s.question, about, [*strips, legend(top, f"{top:.1%} in one cell")], s.predict)
+
+
+def example_sheet(s, model, collate, examples, predictions, each=4):
+    """A picture of the first few test examples that were right, and of those that were wrong.
+
+    The first, not the best: chosen ones would tell nothing about the model.
+    """
+    # Right is, in retrieval, a caption whose own video comes first, and in counting what is off by less than a half.
+    strips, paths = {True: [], False: []}, {example.video: example.path for example in examples}
+    for example, said in zip(examples, predictions, strict=True):
+        right = said["rank"] == 1 if "rank" in said else said["mse"] < .25 if "mse" in said else said["accuracy"] >= .5
+        if len(strips[right]) < each:
+            strips[right].append(example_strip(s, model, collate, example, said, right, paths))
+    title = f"{TASKS[s.task].title}, N_test = {said['clips']}: the first test examples right and wrong"
+    about = "Shown is the clip with the highest score for the answer; the bars are what all clips say together."
+    strips = [*strips[True], *strips[False], legend(1, "the highest cell")]
+    return data.draw_sheet(title, about, strips, examples[0].path or "")
+
+
+def example_strip(s, model, collate, example, said, right, paths):
+    """The strip of an example.
+
+    In retrieval it has two videos, the caption's own and the best other one: of a mistake, those that
+    the model took for each other.
+    """
+    color, title = ("#009e73", "Right: ") if right else ("#d55e00", "Wrong: ")
+    title, videos, pictures, shown = title + example.text, {example.video: ""}, [], []
+    if "rank" in said:
+        others = [video for video in said["prediction"] if video != example.video]
+        videos = {example.video: f"its own: number {said['rank']:g}"}
+        videos |= {video: f"other: number {said['prediction'].index(video) + 1}" for video in others[:1]}
+    else:
+        title += f" Answer: {example.options[example.answer] if example.options else example.answer}"
+    for video, name in videos.items():
+        seen = look(s, model, collate, example._replace(video=video, path=paths[video]), said["clips"])
+        # a video that can't be read has black frames and no facts; the model answered without it
+        media, i = None if seen.unreadable else data.probe(paths[video]), seen.points.argmax().item()
+        image = data.picture(seen.frames[i, seen.frames.shape[1] // 2], media)
+        # Each picture has its own scale here: other videos and other questions can't be compared.
+        grid = data.overlay(image, seen.attention[i], seen.attention[i].max().item())
+        pictures += [(image, name or f"clip {i + 1} of {said['clips']}", color),
+                     (grid, f"{seen.attention[i].sum():.0%} on the grid", color)]  # fmt: skip
+        shown += bars(seen._replace(names=[name]) if name else seen, seen.ranking, color)
+    return data.row_strip(title, pictures, shown, color)
 
 
 if __name__ == "__main__":
