@@ -837,6 +837,7 @@ TABLES = (".csv", ".tsv", ".jsonl", ".json")
 VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2", ".mpg", ".mpeg",
           ".wmv", ".flv", ".mts")  # fmt: skip
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MEDIA_SUFFIXES = VIDEOS + IMAGES
 PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",
           "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")  # of media
 
@@ -845,15 +846,14 @@ PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVi
 def find_files(folder, patterns, many=False):
     """The annotation files of a folder or, if it has none, of one in it: `dataset/`, `annotations/`.
 
-    The first pattern that fits any file counts; without its stars, as the public name, it is tried
-    before. "a|b" takes what fits either. many: several files are welcome, no reason to stop.
+    The first pattern that fits any file counts; "a|b" takes what fits either. Two files of which
+    one would do are an error: a guess might train on the wrong one. many: take all that fit.
     """
-    forms = patterns if many else [f for given in patterns for f in (given.replace("*", ""), given)]
     for depth in ("[!.]*", "[!.]*/[!.]*"):  # [!.]: nothing hidden
         files = sorted(path for path in Path(folder).glob(depth) if path.suffix in TABLES)
-        for pattern in forms:
+        for pattern in patterns:
             found = [path for path in files if any(map(path.match, pattern.split("|")))]
-            if len(found) > 1 and not many or len({path.parent for path in found}) > 1:
+            if len(found) > 1 and not many:
                 names = " and ".join(str(path.relative_to(folder)) for path in found[:4])
                 raise DataError(f"{folder}: {names} all fit {pattern}; keep one of them there")
             if found:
@@ -870,17 +870,18 @@ class Place:
     def __init__(self, path):
         self.path, self.row = path, 1
 
-    def __str__(self):
-        return f"{self.path}:{self.row}"
-
 
 @contextlib.contextmanager
 def complain(place):
-    """Whatever goes wrong in here becomes one line, which begins with where reading had come to."""
+    """Whatever goes wrong in here becomes one line, which begins with where reading had come to.
+
+    The errors listed are those that broken files cause; any other is a mistake of ours, and keeps
+    its traceback.
+    """
     try:
         yield
     except (ValueError, TypeError, AttributeError, OSError, RecursionError, csv.Error) as error:
-        raise DataError(f"{place}: {error}") from None
+        raise DataError(f"{place.path}:{place.row}: {error}") from None
 
 
 # -------------------------------------------------- files to rows
@@ -925,9 +926,14 @@ def json_rows(place, content):
     What is nested, or split over two lists, is put together: then one row is one question or
     caption here, too, and nothing that follows needs to know the layout.
     """
-    if isinstance(content, list):  # MSRVTT-QA, DiDeMo, one's own; with regions, Visual Genome
-        for row in listed(place, content):
-            yield from region_rows(place, row) if "regions" in row else [row]
+    if isinstance(content, list):  # MSRVTT-QA, DiDeMo, one's own
+        for i, row in enumerate(content):
+            place.row = f"[{i}]"
+            # Visual Genome: the regions of a photo, each with its own caption.
+            regions = column(row, "regions", kind=list) if "regions" in row else ()
+            yield from ({"vg_id": column(region, "image_id"), **region} for region in regions)
+            if "regions" not in row:
+                yield row
     elif "images" in content:  # COCO: a photo has several captions
         images = index_by(place, content, "images", "id")
         yield from joined(place, content, "annotations", "image_id", images)
@@ -947,25 +953,17 @@ def json_rows(place, content):
                 yield {"video_id": video, "caption": sentence}
 
 
-def region_rows(place, image):
-    """Visual Genome: {id, regions: [{region_id, image_id, phrase}]}, a caption a region."""
-    for region in listed(place, image["regions"], f"{place.row}.regions"):
-        yield {"vg_id": column({**image, **region}, "image_id", "id"), **region}
-
-
-def listed(place, values, label=""):
-    """The entries of a JSON list; their places read label[i]."""
-    if not isinstance(values, list):  # text, too, could be walked through: letter by letter
-        raise TypeError(f"{label or 'the file'} should be a list, is {type(values).__name__}")
-    for i, row in enumerate(values):
-        place.row = f"{label}[{i}]"
+def listed(place, content, name):
+    """The entries of a list in a JSON file; their places read name[i]."""
+    for i, row in enumerate(column(content, name, kind=list)):
+        place.row = f"{name}[{i}]"
         yield row
 
 
 def index_by(place, content, label, key):
     """{id: row} of a list, each id once: of two rows one would be the wrong one."""
     found = {}
-    for row in listed(place, column(content, label), label):
+    for row in listed(place, content, label):
         if found.setdefault(name := name_of(row, key), row) is not row:
             raise ValueError(f"{key} {name[:80]!r} is there twice")
     return found
@@ -974,9 +972,11 @@ def index_by(place, content, label, key):
 def joined(place, content, label, key, others, once=False):
     """Each row of a list, completed by that one of `others` to which its key points.
 
-    once: they belong together two by two, and none may be left over.
+    Rows are joined by their ids and never by their order: one row too few in either list would give
+    every later question its neighbour's answer. once: they belong together two by two, and none may
+    be left over.
     """
-    for row in listed(place, column(content, label), label):
+    for row in listed(place, content, label):
         name = name_of(row, key)
         other = others.pop(name, None) if once else others.get(name)
         # What both tell, VQA's image, has to agree. But each kind of row counts its own "id".
@@ -990,32 +990,40 @@ def joined(place, content, label, key, others, once=False):
 def msrvtt_rows(place, listing):
     """The sentences of the videos in MSRVTT_train.9k.csv; the json files beside it hold them."""
     names, heard = {name_of(row, "video_id") for row in read_rows(place, listing)}, set()
-    patterns = ["MSRVTT_data*.json", "*_videodatainfo*.json"]  # the second: train_val_ and test_
+    # The second kind of name is the challenge's: train_val_ and test_. Both hold videos of the 9k.
+    patterns = ["MSRVTT_data*.json", "*_videodatainfo*.json"]
     for path in reversed(find_files(listing.parent, patterns, many=True)):
         for row in read_rows(place, path):
             if (name := name_of(row, "video_id")) in names:
                 heard.add(name)
                 yield row
-    if silent := sorted(names - heard):
+    if silent := names - heard:
         print(f"note: {listing}: {len(silent):,} of its {len(names):,} videos have no caption in "
-              f"the json ({', '.join(silent[:3])} …)", file=sys.stderr)  # fmt: skip
+              f"the json ({min(silent)}, ...)", file=sys.stderr)  # fmt: skip
 
 
 # -------------------------------------------------- columns to values: exact, or an error
 def column(row, *names, kind=object):
-    """The first of these columns that the row has: layouts call the same thing by several names."""
+    """The first of these columns that the row has: layouts call the same thing by several names.
+
+    kind: the type it must have. Text, for one, could be walked through like a list, letter by letter.
+    """
     if not isinstance(row, dict):  # JSON can put anything anywhere
         raise TypeError(f"expected {{key: value}}, found {type(row).__name__}")
     for name in names:
         if row.get(name) is not None:
             if not isinstance(row[name], kind):
-                raise TypeError(f"{name} should be a {kind.__name__}, is {row[name]!r:.40}")
+                raise TypeError(f"{name} should be a {kind.__name__}, is {type(row[name]).__name__}")
             return row[name]
     raise ValueError(f"{' or '.join(names)} is missing")
 
 
 def clean(value, name, blank=False):
-    """Text on one line. blank: there may be none."""
+    """Text on one line, with single blanks. blank: there may be none.
+
+    Some captions hold line ends, TABs or U+2028. WordPiece drops them all, but answers and options
+    are compared letter by letter, and predictions are printed: there they would do harm.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{name} should be text, is {type(value).__name__}")
     if len(value) > MAX_TEXT:
@@ -1046,11 +1054,11 @@ def whole(row, name, highest):
 
 # -------------------------------------------------- what is asked: a row to fields of an Example
 def choice(row):
-    """The index of one of five options: columns a1 .. a5, or a list, `caption` in some MC files."""
-    if "a1" in row:  # TGIF-QA
+    """The index of one of five options: columns a1 .. a5 of TGIF-QA, or a list."""
+    if "a1" in row:
         options = [column(row, f"a{i}") for i in range(1, OPTIONS + 1)]
     else:
-        options = column(row, "options", "caption", kind=list)
+        options = column(row, "options", kind=list)
     if len(options) != OPTIONS:
         raise ValueError(f"expected {OPTIONS} options, found {len(options)}")
     options = tuple(clean(option, f"option {i}") for i, option in enumerate(options, 1))
@@ -1149,7 +1157,7 @@ def read_answer_list(folder):
         return None
     with complain(Place(path)):
         labels = read_json(path)
-        if not labels or {(type(i), i) for i in labels.values()} != {(int, i) for i in range(len(labels))}:
+        if not labels or sorted(labels.values()) != list(range(len(labels))):
             raise ValueError(f"the labels of its {len(labels):,} answers should count up from 0, each used once")
     return sorted(labels, key=labels.get)
 
@@ -1158,40 +1166,46 @@ def read_answer_list(folder):
 COCO_PREFIX = r"^COCO_\w+_(?=\d{12}$)"  # in the photos' names of 2014, gone in 2017
 
 
-@functools.lru_cache(maxsize=64)  # each directory is listed once: 165,000 names cost a dict look-up each
-def media_index(folder, parent, suffixes):
-    """{name, stem or COCO number: (path, is it outside the folder?)} of the media in `parent` below all PLACES."""
-    index, root = {}, os.path.realpath(folder)
+@functools.lru_cache(maxsize=64)  # a directory is listed once: VQA asks for 120,000 of its names
+def media_index(folder, parent):
+    """{name, stem or COCO number: paths} of the media in `parent`, below all PLACES.
+
+    The order is that of PLACES, then of the suffixes: a video goes before its thumbnail.
+    """
+    index = {}
     for place in (os.path.join(folder, place, parent) for place in PLACES):
-        linked = not Path(os.path.realpath(place)).is_relative_to(root)
-        entries = os.scandir(place) if os.path.isdir(place) else ()
-        found = [(*os.path.splitext(entry.name), entry) for entry in entries if entry.is_file()]
-        found = [(suffixes.index(end.lower()), stem, entry) for stem, end, entry in found if end.lower() in suffixes]
-        for _, stem, entry in sorted(found, key=lambda item: item[:2]):
-            outside = linked or entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(root)
-            for key in (entry.name, stem, re.sub(COCO_PREFIX, "", stem)):
-                index.setdefault(key, (entry.path, outside))  # the first place and suffix win
+        names = os.listdir(place) if os.path.isdir(place) else ()
+        parts = [(*os.path.splitext(name), name) for name in names]
+        known = [(MEDIA_SUFFIXES.index(end.lower()), stem, name) for stem, end, name in parts
+                 if end.lower() in MEDIA_SUFFIXES]  # fmt: skip
+        for _, stem, name in sorted(known):
+            for key in {name, stem, re.sub(COCO_PREFIX, "", stem)}:
+                index.setdefault(key, []).append(os.path.join(place, name))
     return index
 
 
-def find_media(folder, name, suffixes=VIDEOS + IMAGES):
-    """The file that an annotation means by `name`, or None. Its suffix may be absent or, re-encoded, another one.
+def find_media(folder, name):
+    """The file that an annotation means by `name`, or None.
 
-    Names come from strangers' files: one that leads out of the folder (.., absolute, a drive, a link) is an error.
+    Its suffix may be absent or another one, as videos are often encoded anew; but 4.jpg is never
+    4.mp4. Names come from strangers' files: one that leads out of the folder (.., an absolute path,
+    a drive, a link) is an error, or a page of answers could show what else is on this machine.
     """
     if re.search(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0", name):
         raise DataError(f"{name[:200]!r}: a media name must stay inside the data folder {folder}")
     parent, base = os.path.split(name)
     stem, end = os.path.splitext(base)
-    family = next((family for family in (IMAGES, VIDEOS) if end.lower() in family), None)
-    if family:  # 4.jpg may be 4.png, but never 4.mp4
-        suffixes = tuple(suffix for suffix in suffixes if suffix in family)
-    index = media_index(os.path.abspath(folder), parent, suffixes)
-    names = (base, stem if family else base, re.sub(COCO_PREFIX, "", stem))
-    path, outside = next((index[key] for key in names if key in index), (None, False))
-    if outside:
-        raise DataError(f"{path}: a link out of the data folder {folder}; copy the file, or give its real folder")
-    return path and Path(path)
+    kinds = next((kinds for kinds in (IMAGES, VIDEOS) if end.lower() in kinds), None)
+    stem = stem if kinds else base  # the dot of v.1 begins no suffix
+    index = media_index(os.path.abspath(folder), parent)
+    for key in (base, stem, re.sub(COCO_PREFIX, "", stem)):
+        for path in map(Path, index.get(key, ())):
+            if path.is_file() and (not kinds or path.suffix.lower() in kinds):
+                if not path.resolve().is_relative_to(Path(folder).resolve()):
+                    raise DataError(f"{path}: a link out of the data folder {folder}; copy the file, "
+                                    "or give its real folder")  # fmt: skip
+                return path
+    return None
 
 
 # -------------------------------------------------- rows to examples
@@ -1209,7 +1223,7 @@ class Layout(NamedTuple):
     toy: str  # which part of the toy data has this layout
     text_length: int  # Lt at most, [CLS] and [SEP] included
     text: tuple = CAPTION  # columns that may hold it; none: MSRVTT-MC asks nothing
-    asked: object = None  # row -> options, answer, kind of its Example; None: the text is a caption
+    asked: object = lambda row: {}  # row -> options, answer, kind of its Example; a caption: none
     top_answers: int | None = None  # open-ended: only the most frequent of training (None: all)
     stills: bool = False  # are images, without motion, what belongs there?
     paragraphs: bool = False  # are all sentences about a video one text?
@@ -1248,14 +1262,6 @@ def read_examples(task, folders, split):
         if fault := no_folder(folder):
             raise DataError(f"--data {fault}")
     return [example for folder in folders for example in layout.read(folder, split)]
-
-
-def read_captions(folder, split="train", required=True):
-    """Captioned images or videos for pretraining. required: is it an error that there are none?"""
-    examples = read_examples("pretrain", folder, split)
-    if required and not examples:
-        raise DataError(f"{folder}: no {split} captions")
-    return examples
 
 
 def read_file(layout, folder, path, split):
@@ -1309,13 +1315,12 @@ def make_examples(row, layout, place, find):
     name = video if layout.paragraphs else name
     for text in said if layout.all_files and isinstance(said, list) else [said]:
         # A blank caption is left out later, and counted; a blank question is an error.
-        text = clean(text, " or ".join(layout.text), blank=not (layout.asked and layout.text))
-        asked = layout.asked(row) if layout.asked else {}
-        yield Example(name, video, text, path=path and str(path), **asked)
+        text = clean(text, " or ".join(layout.text), blank=layout.text != QUESTION)
+        yield Example(name, video, text, path=path and str(path), **layout.asked(row))
 
 
 # -------------------------------------------------- the table: tasks to layouts
-OWN = ("{split}.csv", "{split}.tsv", "*{split}*.jsonl")  # one's own files, or the reference's
+OWN = ("{split}.csv", "{split}.tsv", "{split}.jsonl", "*{split}*.jsonl")  # or the reference's
 LAYOUTS = {
     # Answer counts are the reference's: 3,129 for VQA, 1,500 for MSRVTT-QA.
     **{f"tgif_qa_{kind}": Layout(
@@ -1338,8 +1343,7 @@ LAYOUTS = {
         top_answers=1500),
     # Which of five captions belongs to the video? No training: a retrieval model scores them.
     "msrvtt_mc": Layout(
-        ("*mc*{split}*.jsonl", "*mc*{split}*.json", "*{split}*.jsonl"), "msrvtt", 20, (), choice,
-        training="msrvtt_retrieval"),
+        ("*mc*{split}*.jsonl", "*{split}*.jsonl"), "msrvtt", 20, (), choice, training="msrvtt_retrieval"),
     "vqa": Layout(
         ("*{split}*annotations*.json", "*annotations*{split}*.json", "*{split}*.jsonl"), "vqa", 20,
         QUESTION, soft_answer, top_answers=3129, stills=True, instead={"test": ("test", "val")}),

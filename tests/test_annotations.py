@@ -33,6 +33,10 @@ def error(read, *args):
     return str(caught.value)
 
 
+def read_captions(folder, split="train"):
+    return data.read_examples("pretrain", folder, split)
+
+
 def reader(task):
     return functools.partial(data.read_examples, task)
 
@@ -85,7 +89,7 @@ def test_msrvtt_retrieval_reads_the_listed_videos_from_both_json_files(tmp_path,
     assert "1 of its 3 videos have no caption" in capsys.readouterr().err
     (tmp_path / "MSRVTT_train.9k.csv").unlink()  # without it, the other public list
     assert len(reader("msrvtt_retrieval")(tmp_path, "train")) == 4
-    assert [len(data.read_captions(tmp_path, split)) for split in ("train", "test")] == [4, 4]
+    assert [len(read_captions(tmp_path, split)) for split in ("train", "test")] == [4, 4]
 
 
 def test_msrvtt_1ka_test_has_one_caption_per_video(tmp_path):
@@ -173,7 +177,7 @@ def test_answer_lists(tmp_path):
     assert data.read_answer_list(tmp_path) is None
     write(tmp_path, "train_ans2label.json", {"man": 1, "woman": 0})
     assert data.read_answer_list(tmp_path) == ["woman", "man"]
-    for wrong in ({"a": 0, "b": 2}, {"a": 0, "b": 0}, {"a": False}, {"a": "0"}, {}):
+    for wrong in ({"a": 0, "b": 2}, {"a": 0, "b": 0}, {"a": "0"}, {}):
         write(tmp_path, "train_ans2label.json", wrong)
         assert "each used once" in error(data.read_answer_list, tmp_path)
 
@@ -184,21 +188,21 @@ def test_captions_for_pretraining(tmp_path, capsys):
     write(tmp_path, "captions_train2014.json", coco)
     write(tmp_path, "region_descriptions.json",
           [{"id": 4, "regions": [{"region_id": 5, "image_id": 4, "phrase": "sky"}]}])
-    assert data.read_captions(tmp_path) == [data.Example("captions_train2014/5", "000000000001.jpg", "a dog"),
+    assert read_captions(tmp_path) == [data.Example("captions_train2014/5", "000000000001.jpg", "a dog"),
                                             data.Example("region_descriptions/5", "4.jpg", "sky")]
     assert "captions_train2014.json: left out 1 of 2 captions" in capsys.readouterr().err
     coco["annotations"][0]["image_id"] = 2
     write(tmp_path, "captions_train2014.json", coco)
-    assert "annotations[0]: image_id '2' has no match in the other list" in error(data.read_captions, tmp_path)
+    assert "annotations[0]: image_id '2' has no match in the other list" in error(read_captions, tmp_path)
 
 
 def test_captions_of_ones_own(tmp_path):
     write(tmp_path, "mine.csv", 'path,caption\nclips/a.mp4,"a, b"\nb.gif,c\n')
     write(tmp_path, "coco_train.jsonl", [{"caption": "x", "coco_id": 7}, {"caption": ["y", "z"], "vg_id": 7}])
     write(tmp_path, "mine_val.csv", "path,caption\nv.mp4,d\n")
-    assert [(e.video, e.text) for e in data.read_captions(tmp_path)] == [
+    assert [(e.video, e.text) for e in read_captions(tmp_path)] == [
         ("000000000007", "x"), ("7.jpg", "y"), ("7.jpg", "z"), ("clips/a.mp4", "a, b"), ("b.gif", "c")]
-    assert [e.video for e in data.read_captions(tmp_path, "val")] == ["v.mp4"]
+    assert [e.video for e in read_captions(tmp_path, "val")] == ["v.mp4"]
 
 
 # ---------------------------------------------------------------- what is wrong is named, with its line
@@ -286,14 +290,12 @@ def test_vqa_files_that_do_not_match(tmp_path):
 
 
 def test_missing_and_ambiguous_files(tmp_path):
-    message = error(reader("tgif_qa"), tmp_path / "nowhere", "train")
-    assert "nowhere: no annotation file; looked for Train_action_question*.csv" in message
-    assert "no annotation file; looked for *caption[s_]*.json" in error(data.read_captions, tmp_path, "val")
+    assert "nowhere: no such folder" in error(reader("tgif_qa"), tmp_path / "nowhere", "train")
+    assert "no annotation file; looked for Train_action_question*.csv" in error(reader("tgif_qa"), tmp_path, "train")
+    assert "no annotation file; looked for *caption[s_]*.json" in error(read_captions, tmp_path, "val")
     write(tmp_path, "train_data.a.json", [])
     write(tmp_path, "train_data.b.json", [])
     assert "train_data.a.json and train_data.b.json all fit" in error(reader("didemo_retrieval"), tmp_path, "train")
-    write(tmp_path, "train_data.json", [{"video": "v", "description": "d", "annotation_id": 1}])  # the public name wins
-    assert len(data.read_examples("didemo_retrieval", tmp_path, "train")) == 1
 
 
 def test_random_damage_never_ends_in_a_traceback(tmp_path):
@@ -302,7 +304,7 @@ def test_random_damage_never_ends_in_a_traceback(tmp_path):
     vqa(tmp_path, ["yes"] * 9 + ["no"])
     files = {write(tmp_path, "Train_action_question.csv", f"{ACTION}\r\n{WAVES}\n{JUMPS}\n"):
              lambda: data.read_examples("tgif_qa_action", tmp_path, "train"),
-             write(tmp_path, "captions_train.json", coco): lambda: data.read_captions(tmp_path),
+             write(tmp_path, "captions_train.json", coco): lambda: read_captions(tmp_path),
              write(tmp_path, "val_1.json", {"v": {"sentences": ["a", "b"]}}):
              lambda: data.read_examples("activitynet_retrieval", tmp_path, "val"),
              tmp_path / "v2_mscoco_train2014_annotations.json": lambda: data.read_examples("vqa", tmp_path, "train")}
@@ -338,7 +340,6 @@ def test_find_media(tmp_path):
     long = "x" * 5000
     for name in ("video1", "4.jpg", "v", "v.m3u8", "9", "video0.mp4/", "", ".", long, long + "/y", "concat:a|b"):
         assert data.find_media(tmp_path, name) is None, name[:20]
-    assert data.find_media(tmp_path, "video0", suffixes=(".gif",)) is None
 
 
 @pytest.mark.parametrize("name", [
@@ -395,7 +396,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused_with_its_line(tmp_path):
 
 # ---------------------------------------------------------------- the verbatim samples
 def captions(folder):
-    return data.read_captions(folder)
+    return read_captions(folder)
 
 
 def tgif(kind, split):
@@ -414,8 +415,8 @@ SAMPLES = [  # file(s), the name they take where theirs differs from the public 
     (["msrvtt_retrieval/MSRVTT_train.7k.csv", "msrvtt_retrieval/train_val_videodatainfo.first200videos.json"], {},
      of(reader("msrvtt_retrieval"), "train"), 4000),
     (["msrvtt_retrieval/train_val_videodatainfo.first200videos.json"], {}, captions, 4000),
-    (["msrvtt_retrieval/test_videodatainfo.first200videos.json"], {}, of(data.read_captions, "test"), 4000),
-    (["msrvtt_retrieval/msrvtt_caption_test.first200.json"], {}, of(data.read_captions, "test"), 4000),
+    (["msrvtt_retrieval/test_videodatainfo.first200videos.json"], {}, of(read_captions, "test"), 4000),
+    (["msrvtt_retrieval/msrvtt_caption_test.first200.json"], {}, of(read_captions, "test"), 4000),
     (["msrvtt_qa/msrvtt_qa_val.jsonl"], {}, of(reader("msrvtt_qa"), "val"), 200),
     *[([f"msvd_qa/{s}_qa.first200.json"], {}, of(reader("msrvtt_qa"), s), 200) for s in ("train", "val", "test")],
     (["didemo/val_data.first200.json"], {}, of(reader("didemo_retrieval"), "val"), 181),  # videos of its 200 descriptions
@@ -428,9 +429,9 @@ SAMPLES = [  # file(s), the name they take where theirs differs from the public 
        of(reader("vqa"), s.removesuffix("id")), 200) for s in ("train", "valid", "test")],
     (["vqa_v2/official_toplevel_questions.json", "vqa_v2/official_toplevel_annotations.json"],
      {"official_toplevel": "v2_train2014"}, of(reader("vqa"), "train"), 3),
-    (["coco_captions/captions_val2017.first200images.json"], {}, of(data.read_captions, "val"), 1001),
+    (["coco_captions/captions_val2017.first200images.json"], {}, of(read_captions, "val"), 1001),
     (["coco_captions/coco_mini_captions_train2017.json"], {}, captions, 400),
-    (["coco_captions/coco_mini_captions_val2017.json"], {}, of(data.read_captions, "val"), 395),
+    (["coco_captions/coco_mini_captions_val2017.json"], {}, of(read_captions, "val"), 395),
 ]
 
 
@@ -461,7 +462,7 @@ def test_sample_folders_read_as_they_lie():
 @pytest.mark.skipif(not (SHARED / "real").is_dir(), reason=f"no small real data sets at {SHARED / 'real'}")
 def test_real_sets_read_and_all_their_media_is_found():
     real = SHARED / "real"
-    found = {"coco_captions": data.read_captions(real / "coco_captions"),
+    found = {"coco_captions": read_captions(real / "coco_captions"),
              "msrvtt": [e for split in ("train", "test") for e in data.read_examples("msrvtt_retrieval", real / "msrvtt", split)],
              "tgif_qa": [e for kind in ("action", "transition", "frameqa", "count")
                          for e in data.read_examples(f"tgif_qa_{kind}", real / "tgif_qa", "train")]}

@@ -112,7 +112,7 @@ def test_photos_need_no_motion_and_captions_are_cut_at_the_text_length(tmp_path,
     data.write_toy_coco(tmp_path, train=3, val=2)
     assert check(capsys, "pretrain", tmp_path)[::2] == (0, {})
     code, _, found = check(capsys, "pretrain", tmp_path, "--text_length", 6)
-    captions = [e for split in ("train", "val") for e in data.read_captions(tmp_path, split)]
+    captions = [e for split in ("train", "val") for e in data.read_examples("pretrain", tmp_path, split)]
     long = Counter("train" if "train" in e.id else "val" for e in captions if len(e.text.split()) > 4)
     assert code == 0 and {split: len(lines) for (_, split), lines in found.items()} == long
 
