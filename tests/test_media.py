@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
@@ -392,15 +393,17 @@ def test_cache_command(tmp_path, capsys):
     (tmp_path / "videos").mkdir()
     for name in ("b.mp4", "c.mp4"):
         make_video(tmp_path / "videos" / name, 10, *X264)
-    examples = [media.Example(str(i), name, "") for i, name in enumerate(("b", "c", "c", "gone"))]
+    paths = [str(tmp_path / "videos" / f"{name}.mp4") for name in "bcc"] + [None]
+    examples = [media.Example(str(i), "", "", path=path) for i, path in enumerate(paths)]
+    settings = SimpleNamespace(cache=True, size=SIZE)
     with pytest.raises(media.DataError, match="no video is cached at 64 pixels; write them first: python data.py"):
-        media.check_cached(tmp_path, examples, SIZE)
+        media.check_cached(examples, settings)
     (tmp_path / "videos" / "bad.mp4").write_bytes(b"x")
     media.write_cache(tmp_path, SIZE, 4.0, 1)
     said = capsys.readouterr()
     assert "2 of 3 videos written" in said.out and "1 cannot be read" in said.out and "bad.mp4" in said.err
     (tmp_path / "videos" / "cached" / "b.mp4.64.zip").unlink()
-    media.check_cached(tmp_path, examples, SIZE)
+    media.check_cached(examples, settings)
     assert "cache: 1 of 2 videos" in capsys.readouterr().out
     media.write_cache(tmp_path, SIZE, 4.0, 1)
     assert "1 of 3 videos written" in capsys.readouterr().out
