@@ -20,6 +20,7 @@ The optimizer and its learning rate follow. There, at a line of #, the paper's p
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -773,43 +774,30 @@ def hub_resnet(backbone):
 # Files: written whole or not at all, read without running code
 
 
-@contextmanager
-def whole_file(path, previous=None):
-    """A file, open for writing, that takes the place of `path` when it is complete: flushed, then renamed.
+def write_file(path, content, previous=None):
+    """Bytes or text to a file, by the first process alone: written beside `path`, flushed to the disk, then renamed.
 
-    previous: where the file that it replaces is kept. Whenever the process dies, one of the two is there and whole.
-    An OSError names the file and leaves the old one in place.
+    Whenever the process dies or the disk is full, the old file or the new one is there, and whole.
+    previous: where the file that is replaced is kept, against a disk that lies. An OSError names the file.
     """
-    temporary = f"{path}.tmp"
+    if RANK:
+        return
+    temporary = Path(f"{path}.tmp")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            try:
-                yield file
-            except BaseException as error:  # torch's writer ends its file when it goes, so it must go before the file
-                traceback.clear_frames(error.__traceback__)
-                raise
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing behind it
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):  # the disk may be gone altogether
-            os.unlink(temporary)
-        # torch.save wraps what was raised inside it: by the disk, a signal, or the news of a dead worker
-        cause = (isinstance(error, RuntimeError) and error.__context__) or error
-        if not isinstance(cause, OSError):
-            raise cause from None
+    except OSError as error:
         cure = "make room, then --resume" if previous and os.path.exists(path) else "make room or choose another --out"
-        raise OSError(f"{path}: not written ({cause.strerror or cause}): {cure}") from error
-
-
-def write_text(path, text):
-    """By the first process alone."""
-    if not RANK:
-        with whole_file(path) as file:
-            file.write(text.encode())
+        raise OSError(f"{path}: not written ({error.strerror or error}): {cure}") from error
+    finally:
+        with suppress(OSError):  # the disk may be gone altogether
+            temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
@@ -996,7 +984,7 @@ class Training:
         self.total_steps = s.max_steps or -(-s.epochs * n_examples // self.per_step)
         self.contents = contents | {"settings": asdict(s), "config": asdict(model.cfg)}
         config = {"device": DEVICE, "total_steps": self.total_steps, **asdict(s), "config": asdict(model.cfg)}
-        write_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+        write_file(self.out / "config.json", json.dumps(config, indent=2) + "\n")
         self.optimizer = build_optimizer(model, s.weight_decay)
         # fp16: loss scaling. Otherwise a constant 1, for the other thing that a GradScaler does: an update whose
         # gradients are not finite is skipped on the device, so the weights survive until the loss is next looked at.
@@ -1124,8 +1112,9 @@ class Training:
     def save(self, name, step, previous=None, **more):
         """A checkpoint, by the first process: weights, settings and what the script needs; written whole."""
         if not RANK:
-            with whole_file(self.out / name, previous) as file:
-                torch.save(self.contents | {"step": step, "model": self.model.state_dict(), **more}, file)
+            content = io.BytesIO()  # in memory first: then only one place has to mind a full disk
+            torch.save(self.contents | {"step": step, "model": self.model.state_dict(), **more}, content)
+            write_file(self.out / name, content.getbuffer(), previous)
 
     def end_step(self, step):
         """A checkpoint if one is due, or if a signal came: then the run ends here."""

@@ -153,8 +153,7 @@ def run_training(given):
     results = evaluate(s, model, collate, test, s.test_clips)
     report(s, training.out, "", results, chance_level(s, guess, test), time.time() - training.began)
     if not clipbert.RANK:
-        with clipbert.whole_file(training.out / "sheet.png") as file:
-            example_sheet(s, model, collate, test, results[1]).save(file, "PNG")
+        example_sheet(s, model, collate, test, results[1]).save(training.out / "sheet.png")
     print_next_steps(s)
 
 
@@ -484,9 +483,9 @@ def report(s, folder, ending, results, chance, seconds):
         "chance": round(next(iter(chance.values())), 4), "seconds": round(seconds, 1), "blind": s.blind,
         "unreadable": len(errors), "by_clips": by_clips,
     }  # fmt: skip
-    clipbert.write_text(folder / f"metrics{ending}.json", json.dumps(row, indent=2) + "\n")
+    clipbert.write_file(folder / f"metrics{ending}.json", json.dumps(row, indent=2) + "\n")
     lines = "".join(json.dumps(prediction) + "\n" for prediction in predictions)
-    clipbert.write_text(folder / f"predictions{ending}.jsonl", lines)
+    clipbert.write_file(folder / f"predictions{ending}.jsonl", lines)
     print(f"\n{TASKS[s.task].title}, {row['data']} data, {len(predictions):,} {s.split} examples, G = {s.agg}"
           f"{', blind' if s.blind else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction

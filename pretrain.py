@@ -229,7 +229,7 @@ def report(s, folder, ending, val, metrics, errors, seconds):
     everything = {"task": "pretrain", "data": [str(x) for x in s.data] if s.data else "toy", "split": "val",
                   "examples": images, "chance": 50.0, "seconds": round(seconds, 1), "blind": s.blind,
                   "unreadable": len(errors), **metrics}  # fmt: skip
-    clipbert.write_text(folder / f"metrics{ending}.json", json.dumps(everything, indent=2) + "\n")
+    clipbert.write_file(folder / f"metrics{ending}.json", json.dumps(everything, indent=2) + "\n")
     print(f"\npretraining, {images:,} validation images, {metrics['captions']:,} captions, {metrics['matched']:,} of "
           f"them the image's own, {metrics['masked_words']:,} masked tokens{', blind' if s.blind else ''}")
     print(f"{'':28}{'accuracy':>10}{'loss':>10}")
