@@ -850,6 +850,12 @@ def load_finished(settings, given):
     return s, state
 
 
+def evaluated(s, *what):
+    """What --eval adds to the names of its results, so that they never take another evaluation's place."""
+    folder = Path(s.data[0]).resolve().name if s.data else "toy"
+    return "-".join(["", Path(s.eval).stem, *what, folder, *["blind"] * s.blind])
+
+
 def load_stopped(settings, given, name):
     """--resume: (s, state) of the newest whole checkpoint of the run in --out, or of the newest run of that name.
 

@@ -527,8 +527,7 @@ def run_evaluation(given):
     data.check_cached(test, s)
     began = time.time()
     results = evaluate(s, model, collate, test, s.test_clips)
-    ending = f"-{s.task}-{s.split}-{Path(s.data[0]).resolve().name if s.data else 'toy'}"
-    report(s, Path(s.out), ending, results, chance_level(s, guess, test), time.time() - began)
+    report(s, Path(s.out), clipbert.evaluated(s, s.task, s.split), results, chance_level(s, guess, test), time.time() - began)
 
 
 def run_prediction(given):

@@ -219,8 +219,7 @@ def run_evaluation(given):
     model, vocabulary = load_model(s, state)
     model, began = clipbert.use_machine(s, model), time.time()
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
-    ending = f"-val-{Path(s.data[0]).resolve().name if s.data else 'toy'}"
-    report(s, Path(s.out), ending, val, *evaluate(s, model, collate, val), time.time() - began)
+    report(s, Path(s.out), clipbert.evaluated(s, "val"), val, *evaluate(s, model, collate, val), time.time() - began)
 
 
 def report(s, folder, ending, val, metrics, errors, seconds):

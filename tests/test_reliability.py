@@ -396,7 +396,7 @@ def test_overwritten_is_nothing_by_an_evaluation_and_blind_is_remembered(script,
     capsys.readouterr()
     here(folder, None, "--eval", out / "best.pt", script=script)
     after = {path.name: path.read_bytes() for path in out.iterdir()}
-    ending = "tgif_qa_action-test-tgif_qa" if script is finetune else "val-coco_captions"
+    ending = "best-tgif_qa_action-test-tgif_qa-blind" if script is finetune else "best-val-coco_captions-blind"
     added = {f"metrics-{ending}.json"} | ({f"predictions-{ending}.jsonl"} if script is finetune else set())
     assert before.items() <= after.items() and after.keys() - before.keys() == added
     assert json.loads(after[f"metrics-{ending}.json"])["blind"] is True and ", blind\n" in capsys.readouterr().out
