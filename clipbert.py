@@ -5,18 +5,21 @@
 
 Read this file beside section 3 of the paper, top to bottom:
 
-    c_i       a clip: T frames out of about one second of video      (B, T, 3, L, L)    pixels 0..255
-    F_v(c_i)  ResNet-50, grid encoder, mean over T, 2-D positions    (B, h*w, d)        GridFeatures, VisualEmbedding
-    F_l(S)    word + position + type embeddings                      (B, Lt, d)         BERT's own
-    H         a 12-layer BERT over [text tokens; grid tokens]        (B, Lt + h*w, d)   VideoTextEncoder.fuse
-    p_i = H(F_v(c_i), F_l(S))                                        (B, K)             ClipBert.forward, clip_logits
-    p = G(p_1, ..., p_N)                                             (B, K)             aggregate_clips
-    loss = NLL(p, q)                                                 scalar             video_loss
+    c_i       a clip: T frames of about a second   (B, T, 3, L, L)   pixels 0..255
+    F_v(c_i)  ResNet-50, grid encoder, mean over T,
+              2-D positions                        (B, h*w, d)       GridFeatures, VisualEmbedding
+    F_l(S)    word + position + type embeddings    (B, Lt, d)        BERT's own
+    H         a 12-layer BERT over [text; grid]    (B, Lt + h*w, d)  VideoTextEncoder.fuse
+    p_i = H(F_v(c_i), F_l(S))                      (B, K)            ClipBert.forward, clip_logits
+    p = G(p_1, ..., p_N)                           (B, K)            aggregate_clips
+    loss = NLL(p, q)                               scalar            video_loss
 
-B videos, N clips of T frames of L x L pixels, n texts a video (options or captions; with one text, B*n is B), Lt text
-tokens, an h x w grid (h = w = L / 64; tiny: L / 16), d hidden units, K scores, q the right answer.
+B videos, N clips of T frames of L x L pixels, n texts a video (options or captions; with one text,
+B*n is B), Lt text tokens, an h x w grid (h = w = L / 64; tiny: L / 16), d hidden units, K scores, q
+the right answer.
 
-The optimizer and its learning rate follow. There, at a line of #, the paper's part ends; the rest serves both scripts.
+The optimizer and its learning rate follow. There, at a line of #, the paper's part ends; the rest
+serves both scripts.
 """
 
 import argparse
@@ -52,7 +55,7 @@ from transformers.utils import logging as transformers_messages
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-# name -> (residual block, blocks in each stage res2..res5); "tiny" stops after res3, see GridFeatures.
+# name -> (residual block, blocks in each stage res2..res5); "tiny" stops after res3: GridFeatures.
 BACKBONES = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),  # lighter; not in the paper
@@ -66,7 +69,8 @@ class ClipBertConfig:
 
     backbone: str = "resnet50"  # a key of BACKBONES
     frozen_stages: int = 2  # 0: none; 1: the stem; 2: stem and res2, as in the paper's code
-    caffe_strides: bool = False  # True: a stage's stride sits in its first 1x1 conv; False: in the 3x3 (torchvision)
+    # True: a stage's stride sits in its first 1x1 conv; False: in the 3x3 (torchvision)
+    caffe_strides: bool = False
     bgr: bool = False  # the channel order in which the CNN was pretrained
     pixel_mean: tuple = (123.675, 116.28, 103.53)  # RGB, on the 0..255 scale (ImageNet)
     pixel_std: tuple = (58.395, 57.12, 57.375)
@@ -77,7 +81,8 @@ class ClipBertConfig:
     vocab_size: int = 30522
     positions: int = 512  # the longest text
     activation: str = "gelu"  # BERT's: x times the normal distribution's share below x, by erf
-    dropout: float = 0.1  # embeddings, attention, sublayer outputs, pooled vector; none in the CNN or inside the MLP
+    # embeddings, attention, sublayer outputs, pooled vector; none in the CNN or inside the MLP
+    dropout: float = 0.1
     init_std: float = 0.02  # of Linear and Embedding weights
     layer_norm_eps: float = 1e-12
 
@@ -88,38 +93,42 @@ class ClipBertConfig:
 
     @classmethod
     def base(cls):
-        """The paper's model, to start from ImageNet ResNet-50 (torchvision) and bert-base-uncased."""
+        """The paper's model, to start from ImageNet's ResNet-50 and bert-base-uncased."""
         return cls()
 
     @classmethod
     def official(cls):
-        """`base()` as the official checkpoint needs it: detectron2's caffe ResNet, BGR pixels minus mean, std 1."""
+        """`base()` as the official checkpoint needs it: detectron2's ResNet, BGR pixels, std 1."""
         return cls(caffe_strides=True, bgr=True, pixel_std=(1.0, 1.0, 1.0))
 
     @classmethod
     def tiny(cls, vocab_size=30522):
-        """A model that learns the toy data from scratch on a laptop CPU in minutes (stride 16: a 4 x 4 grid at L = 64).
+        """A model that learns the toy data from scratch on a laptop CPU in minutes.
 
-        Nothing is frozen (there are no pretrained weights to protect) and there is no dropout (a small model on endless
-        random clips does not overfit). Initial scale matters most: with BERT's .02 a 96-wide, 3-layer transformer
-        attends uniformly and stays at ln(5) for a long time; 1/sqrt(d) lets attention pick out tokens from step one.
+        Its stride is 16: a 4 x 4 grid at L = 64.
+        Nothing is frozen (there are no pretrained weights to protect) and there is no dropout (a
+        small model on endless random clips does not overfit). Initial scale matters most: with
+        BERT's .02 a 96-wide, 3-layer transformer attends uniformly and stays at ln(5) for a long
+        time; 1/sqrt(d) lets attention pick out tokens from step one.
         """
         return cls(
-            backbone="tiny", frozen_stages=0, hidden_size=96, layers=3, heads=4, intermediate_size=192,
-            vocab_size=vocab_size, dropout=0.0, init_std=96**-0.5,
-            pixel_mean=(45.0, 45.0, 45.0), pixel_std=(60.0, 60.0, 60.0),  # of the toy frames, which are mostly dark
+            backbone="tiny", frozen_stages=0, hidden_size=96, layers=3, heads=4,
+            intermediate_size=192, vocab_size=vocab_size, dropout=0.0, init_std=96**-0.5,
+            # of the toy frames, which are mostly dark
+            pixel_mean=(45.0, 45.0, 45.0), pixel_std=(60.0, 60.0, 60.0),
         )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# F_v, the visual encoder (paper, section 3: model architecture): ResNet -> grid encoder -> mean over T -> 2-D positions
+# F_v, the visual encoder (paper, section 3): ResNet -> grid encoder -> mean over T -> 2-D positions
 
 
 class GridFeatures(nn.Module):
     """The CNN half of F_v: pixels to a grid of d-dimensional features, frame by frame.
 
-    Total stride 64: the ResNet's 32, then 2 of the grid encoder's max-pool. The "tiny" backbone stops after res3
-    (stride 8, so 16 in all), since a 64-pixel toy frame would otherwise end in a single grid cell.
+    Total stride 64: the ResNet's 32, then 2 of the grid encoder's max-pool. The "tiny" backbone
+    stops after res3 (stride 8, so 16 in all), since a 64-pixel toy frame would otherwise end in a
+    single grid cell.
     """
 
     def __init__(self, cfg):
@@ -132,7 +141,8 @@ class GridFeatures(nn.Module):
             for stage in stages[1:]:
                 stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
         scale_residual_branches(stages)
-        # The trunk under torchvision's own names, without pooling and classes: grid features keep their places.
+        # The trunk under torchvision's own names, without pooling and classes: grid features keep
+        # their places.
         names = ["conv1", "bn1", "relu", "maxpool", *(f"layer{i + 1}" for i in range(len(depths)))]
         self.resnet = nn.Sequential(OrderedDict((name, getattr(resnet, name)) for name in names))
         channels = 64 * 2 ** (len(depths) - 1) * block.expansion  # 2048 of ResNet-50
@@ -143,7 +153,8 @@ class GridFeatures(nn.Module):
         )
         frozen = [resnet.conv1, *stages][: cfg.frozen_stages]
         for parameter in (p for module in frozen for p in module.parameters()):
-            parameter.requires_grad_(False)  # BatchNorm needs nothing here: FrozenNorm holds only buffers
+            # BatchNorm needs nothing here: FrozenNorm holds only buffers
+            parameter.requires_grad_(False)
         mean, std = torch.tensor(cfg.pixel_mean), torch.tensor(cfg.pixel_std)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
@@ -151,29 +162,35 @@ class GridFeatures(nn.Module):
     def normalize(self, frames):
         """(..., 3, L, L) uint8 or float RGB 0..255 -> float, as the CNN was pretrained.
 
-        Frames arrive padded with zeros, so padding becomes -mean/std: the reference pads before it normalises, too.
+        Frames arrive padded with zeros, so padding becomes -mean/std: the reference pads before it
+        normalises, too.
         """
         pixels = (frames.float() - self.pixel_mean) / self.pixel_std
-        return pixels.flip(-3) if self.cfg.bgr else pixels  # the mean is RGB: flip only after subtracting it
+        # the mean is RGB: flip only after subtracting it
+        return pixels.flip(-3) if self.cfg.bgr else pixels
 
     def forward(self, frames):
         """(B, T, 3, L, L) uint8 or float RGB 0..255 -> grid features (B, T, h, w, d).
 
-        Of the frozen stages autograd keeps nothing for the backward pass, as no input of theirs needs a gradient.
+        Of the frozen stages autograd keeps nothing for the backward pass, as no input of theirs
+        needs a gradient.
         """
         x = frames.flatten(0, 1)  # (B*T, 3, L, L): the CNN knows neither clips nor time
-        x = x.contiguous(memory_format=torch.channels_last)  # the layout that convolutions are fast in
-        x = self.resnet(self.normalize(x))  # (B*T, 2048, L/32, L/32); resnet18: 512 channels; tiny: 128, L/8
+        # the layout that convolutions are fast in
+        x = x.contiguous(memory_format=torch.channels_last)
+        # (B*T, 2048, L/32, L/32); resnet18: 512 channels; tiny: 128, L/8
+        x = self.resnet(self.normalize(x))
         x = self.grid_encoder(x).permute(0, 2, 3, 1)  # (B*T, h, w, d)
         return x.unflatten(0, frames.shape[:2])
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """A BatchNorm whose statistics and gains never change, as a multiplication and an addition a channel.
+    """A BatchNorm whose statistics and gains never change: one factor, one addend a channel.
 
         y = s x + (b - s mean),  s = gain / sqrt(variance + eps)
 
-    In x's precision: the float32 buffers would make every activation float32 under autocast, twice the memory.
+    In x's precision: the float32 buffers would make every activation float32 under autocast, twice
+    the memory.
     """
 
     def forward(self, x):
@@ -185,8 +202,9 @@ class FrozenNorm(FrozenBatchNorm2d):
 def scale_residual_branches(stages):
     """Shrink each residual branch's last convolution, for a start without pretrained weights.
 
-    A FrozenBatchNorm without statistics normalises nothing: almost every block of ResNet-50 would double the variance.
-    Scaled by 1/sqrt(number of blocks), the branches together add about as much as there was.
+    A FrozenBatchNorm without statistics normalises nothing: almost every block of ResNet-50 would
+    double the variance. Scaled by 1/sqrt(number of blocks), the branches together add about as much
+    as there was.
     """
     blocks = [block for stage in stages for block in stage]
     for block in blocks:
@@ -195,7 +213,7 @@ def scale_residual_branches(stages):
 
 
 class VisualEmbedding(nn.Module):
-    """Grid features to visual tokens: mean over T, row + column positions, visual type, LayerNorm (paper, section 3).
+    """Grid features to visual tokens, which know their places (paper, section 3).
 
         v[y, x] = LayerNorm( 1/T sum_t grid[t, y, x] + row[y] + col[x] + type )
     """
@@ -213,12 +231,13 @@ class VisualEmbedding(nn.Module):
     def forward(self, grid, keep=None):
         """grid (B, T, h, w, d) -> visual tokens (B, h*w, d), row by row.
 
-        keep: None, or how many tokens to draw at random (pretraining: 100), the same places for the whole batch. Drawn
-        after the positions are added, so a token still knows where it was.
+        keep: None, or how many tokens to draw at random (pretraining: 100), the same places for the
+        whole batch. Drawn after the positions are added, so a token still knows where it was.
         """
         h, w = grid.shape[2:4]
         if max(h, w) > self.MAX_GRID:
-            raise ValueError(f"a grid of {h} x {w} cells, only {self.MAX_GRID} rows and columns: use a smaller size")
+            raise ValueError(f"a grid of {h} x {w} cells, only {self.MAX_GRID} rows and columns: "
+                             "use a smaller size")  # fmt: skip
         x = grid.mean(1)  # (B, h, w, d): the order of frames within a clip is not seen
         x = x + self.row_position_embeddings.weight[:h, None]  # still (B, h, w, d): plus (h, 1, d)
         x = x + self.col_position_embeddings.weight[:w]  # ... plus (w, d)
@@ -246,34 +265,45 @@ class VideoTextEncoder(nn.Module):
         self.visual_embeddings.apply(self.init_weights)
 
     def init_weights(self, module):
-        """BERT's initialisation: N(0, init_std), zero biases. (The grid encoder keeps its convolution's default.)"""
+        """BERT's initialisation: N(0, init_std), zero biases. (The grid encoder's is torch's.)"""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.cfg.init_std)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
     def encode_frames(self, frames):
-        """F_v up to the grid: (B, T, 3, L, L) uint8 or float RGB 0..255 -> (B, T, h, w, d), before the mean over T."""
+        """F_v up to the grid: (B, T, 3, L, L) RGB 0..255 -> (B, T, h, w, d), no mean over T yet."""
         return self.cnn(frames)
 
     def fuse(self, grid, input_ids, attention_mask, keep=None):
         """H(F_v, F_l): BERT over the sequence [text; visual].
 
-        grid (B, T, h, w, d); input_ids, attention_mask (B*n, Lt), 1 is keep, 0 is padding. n texts per video (the
-        options of a question, the captions of an image) stand one after the other and share the video's one CNN pass.
-        -> all hidden states (B*n, Lt + h*w, d), and the pooled [CLS] vector (B*n, d). bert.encoder adds the mask that
-        it is given, (B*n, 1, 1, Lt + h*w), to the attention scores: 0 is seen, -inf is not.
+        grid (B, T, h, w, d); input_ids, attention_mask (B*n, Lt), 1 is keep, 0 is padding. n texts
+        per video (the options of a question, the captions of an image) stand one after the other
+        and share the video's one CNN pass. -> all hidden states (B*n, Lt + h*w, d), and the pooled
+        [CLS] vector (B*n, d). bert.encoder adds the mask that it is given, (B*n, 1, 1, Lt + h*w),
+        to the attention scores: 0 is seen, -inf is not.
         """
         visual = self.visual_embeddings(grid, keep)  # (B, h*w, d)
         if input_ids.shape[0] % visual.shape[0]:
-            raise ValueError(f"{input_ids.shape[0]} texts do not divide among {visual.shape[0]} videos")
-        visual = visual.repeat_interleave(input_ids.shape[0] // visual.shape[0], dim=0)  # (B*n, h*w, d)
-        text = self.bert.embeddings(input_ids)  # (B*n, Lt, d); text type ids are 0, the visual type has its own table
-        # Grid cells over the zero border of a padded frame are not masked: the reference attends to them, too.
-        mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]  # the same for all heads, queries
-        # Added to the attention scores: after the softmax, exactly 0 of the attention goes to padding.
-        mask = torch.zeros_like(mask, dtype=text.dtype).masked_fill(mask == 0, -torch.inf)  # (B*n, 1, 1, Lt + h*w)
-        hidden = self.bert.encoder(torch.cat([text, visual], dim=1), attention_mask=mask).last_hidden_state
+            raise ValueError(
+                f"{input_ids.shape[0]} texts do not divide among {visual.shape[0]} videos"
+            )
+        # (B*n, h*w, d)
+        visual = visual.repeat_interleave(input_ids.shape[0] // visual.shape[0], dim=0)
+        # (B*n, Lt, d); text type ids are 0, the visual type has its own table
+        text = self.bert.embeddings(input_ids)
+        # Grid cells over the zero border of a padded frame are not masked: the reference attends to
+        # them, too.
+        # the same for all heads, queries
+        mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]
+        # Added to the attention scores: after the softmax, exactly 0 of the attention goes to
+        # padding.
+        # (B*n, 1, 1, Lt + h*w)
+        mask = torch.zeros_like(mask, dtype=text.dtype).masked_fill(mask == 0, -torch.inf)
+        hidden = self.bert.encoder(
+            torch.cat([text, visual], dim=1), attention_mask=mask
+        ).last_hidden_state
         return hidden, self.bert.pooler(hidden)
 
 
@@ -281,10 +311,11 @@ def bert_config(cfg):
     """The same sizes in the words of transformers."""
     return BertConfig(
         vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads, intermediate_size=cfg.intermediate_size, hidden_act=cfg.activation,
-        max_position_embeddings=cfg.positions,
-        hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout, initializer_range=cfg.init_std,
-        layer_norm_eps=cfg.layer_norm_eps, attn_implementation="sdpa",
+        num_attention_heads=cfg.heads, intermediate_size=cfg.intermediate_size,
+        hidden_act=cfg.activation, max_position_embeddings=cfg.positions,
+        hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout,
+        initializer_range=cfg.init_std, layer_norm_eps=cfg.layer_norm_eps,
+        attn_implementation="sdpa",  # torch's fused attention
     )  # fmt: skip
 
 
@@ -293,33 +324,39 @@ def config_of_bert(bert, cfg):
     if bert.model_type != "bert":
         raise ValueError(f"{bert.name_or_path}: holds a {bert.model_type}; give a BERT")
     return replace(
-        cfg, vocab_size=bert.vocab_size, hidden_size=bert.hidden_size, layers=bert.num_hidden_layers,
-        heads=bert.num_attention_heads, intermediate_size=bert.intermediate_size, activation=bert.hidden_act,
+        cfg, vocab_size=bert.vocab_size, hidden_size=bert.hidden_size,
+        layers=bert.num_hidden_layers, heads=bert.num_attention_heads,
+        intermediate_size=bert.intermediate_size, activation=bert.hidden_act,
         positions=bert.max_position_embeddings, layer_norm_eps=bert.layer_norm_eps,
     )  # fmt: skip
 
 
 class ClipBert(VideoTextEncoder):
-    """ClipBERT for a task: [CLS] -> 2-layer MLP -> K scores (paper, section 3; K by task: section 4).
+    """ClipBERT for a task: [CLS] -> 2-layer MLP -> K scores (paper, section 3).
 
-    num_outputs: the number of answers (open-ended QA), 1 per option (multiple choice, counting), 2 (retrieval).
+    num_outputs, K (section 4): the number of answers (open-ended QA); 1, the score of an option or
+    the count itself (multiple choice, counting); 2 (retrieval).
     """
 
     def __init__(self, cfg, num_outputs):
         super().__init__(cfg)
         self.num_outputs = num_outputs
         self.classifier = nn.Sequential(
-            nn.Linear(cfg.hidden_size, 2 * cfg.hidden_size), nn.ReLU(), nn.Linear(2 * cfg.hidden_size, num_outputs)
+            nn.Linear(cfg.hidden_size, 2 * cfg.hidden_size),
+            nn.ReLU(),
+            nn.Linear(2 * cfg.hidden_size, num_outputs),
         )
         self.classifier.apply(self.init_weights)
-        # The first loss should be ln(classes) whatever init_std is: no opinion before the first example.
+        # The first loss should be ln(classes) whatever init_std is: no opinion before the first
+        # example.
         nn.init.normal_(self.classifier[-1].weight, std=0.02)
 
     def classify(self, grid, input_ids, attention_mask):
         """grid (B, T, h, w, d), input_ids (B*n, Lt) -> (B*n, num_outputs), float32.
 
-        The head is computed in float32 under autocast, too: bf16 knows three digits, with which most of 1,000 videos
-        would share their score with another, and a tie for the first place counts as not found.
+        The head is computed in float32 under autocast, too: bf16 knows three digits, with which
+        most of 1,000 videos would share their score with another, and a tie for the first place
+        counts as not found.
         """
         _, pooled = self.fuse(grid, input_ids, attention_mask)
         with torch.autocast(pooled.device.type, enabled=False):
@@ -328,9 +365,10 @@ class ClipBert(VideoTextEncoder):
     def forward(self, frames, input_ids, attention_mask):
         """p_i = H(F_v(c_i), F_l(S)) for one clip of each video (paper, section 3).
 
-        frames (B, T, 3, L, L) uint8 or float RGB 0..255; input_ids, attention_mask (B*n, Lt) -> (B*n, num_outputs).
-        With frames (B, N, T, 3, L, L), all clips: (N, B*n, num_outputs), by `clip_logits`. It can be asked for here
-        because several processes average only the gradients of what was called as model(...).
+        frames (B, T, 3, L, L) uint8 or float RGB 0..255; input_ids, attention_mask (B*n, Lt) ->
+        (B*n, num_outputs). With frames (B, N, T, 3, L, L), all clips: (N, B*n, num_outputs), by
+        `clip_logits`. It can be asked for here because several processes average only the gradients
+        of what was called as model(...).
         """
         if frames.dim() == 6:
             return clip_logits(self, frames, input_ids, attention_mask)
@@ -338,20 +376,23 @@ class ClipBert(VideoTextEncoder):
 
 
 class ClipBertForPreTraining(VideoTextEncoder):
-    """Image-text pretraining (paper, section 3: pretraining): masked language modelling and image-text matching."""
+    """Image-text pretraining (paper, section 3): masked language modelling, image-text matching."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
         self.cls = BertPreTrainingHeads(bert_config(cfg))
         self.cls.apply(self.init_weights)
-        nn.init.normal_(self.cls.seq_relationship.weight, std=0.02)  # no opinion at first, as in ClipBert
-        self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight  # tied, as in BERT
+        # no opinion at first, as in ClipBert
+        nn.init.normal_(self.cls.seq_relationship.weight, std=0.02)
+        # tied, as in BERT
+        self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
 
     def forward(self, frames, input_ids, attention_mask, keep=None):
-        """frames (B, T, 3, L, L); input_ids, attention_mask (B*n, Lt); keep: grid tokens to draw (training: 100).
+        """-> MLM scores (B*n, Lt, vocabulary), ITM scores (B*n, 2); column 1: they belong together.
 
-        -> MLM scores (B*n, Lt, vocabulary) and ITM scores (B*n, 2); column 1 means "they belong together".
+        frames (B, T, 3, L, L); input_ids, attention_mask (B*n, Lt); keep: how many grid tokens to
+        draw (100 in training).
         """
         hidden, pooled = self.fuse(self.encode_frames(frames), input_ids, attention_mask, keep)
         return self.cls(hidden[:, : input_ids.shape[1]], pooled)
@@ -364,13 +405,15 @@ class ClipBertForPreTraining(VideoTextEncoder):
 def clip_logits(model, frames, input_ids, attention_mask):
     """p_1 ... p_N of every video.
 
-    frames (B, N, T, 3, L, L); input_ids, attention_mask (B*n, Lt) -> (N, B*n, K). All clips go through the CNN at once,
-    and each clip only once, however many texts there are.
+    frames (B, N, T, 3, L, L); input_ids, attention_mask (B*n, Lt) -> (N, B*n, K). All clips go
+    through the CNN at once, and each clip only once, however many texts there are.
     """
     B, N = frames.shape[:2]
     n, Lt = input_ids.shape[0] // B, input_ids.shape[1]
     grid = model.encode_frames(frames.flatten(0, 1))  # (B*N, T, h, w, d)
-    ids, mask = (x.view(B, 1, n, Lt).expand(B, N, n, Lt).reshape(-1, Lt) for x in (input_ids, attention_mask))
+    ids, mask = (
+        x.view(B, 1, n, Lt).expand(B, N, n, Lt).reshape(-1, Lt) for x in (input_ids, attention_mask)
+    )
     logits = model.classify(grid, ids, mask)  # (B*N*n, K)
     return logits.view(B, N, n, -1).transpose(0, 1).reshape(N, B * n, -1)
 
@@ -380,8 +423,8 @@ def aggregate_clips(logits, how):
 
         mean:  p = 1/N sum_i p_i          max:  p = max_i p_i          lse:  p = log sum_i exp(p_i)
 
-    logits (N, B, K) -> (B, K). With lse, cross_entropy(p, y) is the reference's log-sum-exp over clips and labels minus
-    the one over clips of the true label. how: "mean" | "max" | "lse".
+    logits (N, B, K) -> (B, K). With lse, cross_entropy(p, y) is the reference's log-sum-exp over
+    clips and labels minus the one over clips of the true label. how: "mean" | "max" | "lse".
     """
     if how == "mean":
         return logits.mean(0)
@@ -395,11 +438,11 @@ def aggregate_clips(logits, how):
 def video_loss(p, target, kind):
     """NLL(p, q) of the video-level prediction p, by the kind of answer (paper, section 4).
 
-        choice   p (B*n, 1) scores of n options each, target (B,) index of the right one: cross entropy over the options
-        answer   p (B, K) scores of all answers, target (B,) index: cross entropy
-        soft     p (B, K), target (B, K) in 0..1 (VQA): binary cross entropy, times K (so: summed over the answers)
-        match    p (B*n, 2), target (B*n,) 1 for a video's own caption: cross entropy (retrieval)
-        count    p (B, 1), target (B,): squared error
+    choice   p (B*n, 1) scores of n options each, target (B,) the right one: cross entropy over them
+    answer   p (B, K) scores of all answers, target (B,) index: cross entropy
+    soft     p (B, K), target (B, K) in 0..1 (VQA): binary cross entropy, summed over the answers
+    match    p (B*n, 2), target (B*n,) 1 for a video's own caption: cross entropy (retrieval)
+    count    p (B, 1), target (B,): squared error
     """
     if kind == "choice":
         return F.cross_entropy(p.view(len(target), -1), target)
@@ -408,7 +451,8 @@ def video_loss(p, target, kind):
     if kind == "count":
         return F.mse_loss(p.squeeze(1), target.float())
     if kind == "soft":
-        target = F.pad(target, (0, p.shape[1] - target.shape[1]))  # outputs beyond the list of answers are never right
+        # outputs beyond the list of answers are never right
+        target = F.pad(target, (0, p.shape[1] - target.shape[1]))
         return F.binary_cross_entropy_with_logits(p, target) * p.shape[1]
     raise ValueError(f"unknown kind of answer {kind!r}")
 
@@ -416,31 +460,38 @@ def video_loss(p, target, kind):
 def match_score(p):
     """How well a caption fits a video: p (B, 2) -> probabilities (B,).
 
-    In float64: as float32, all probabilities from a difference of 17 on would be 1, and 1,000 videos could not be ranked.
+    In float64: as float32, all probabilities from a difference of 17 on would be 1, and 1,000
+    videos could not be ranked.
     """
     return p.double().softmax(1)[:, 1]
 
 
 def mlm_loss(scores, labels, over="masked", text_length=30):
-    """Masked language modelling (paper, section 3): the masked words M from the other words and the image v.
+    """Masked language modelling (paper, section 3): the masked words M from the other words and the
+    image v.
 
         L_MLM = -1/|M| sum_{m in M} log P(w_m | w_{not M}, v)
 
-    scores (B, Lt, vocabulary); labels (B, Lt), -100 where no word is masked. over="all" divides by B * text_length
-    instead, as the reference does, which pads each text to 30 tokens and averages over all of them. With 15% masked,
-    only some 6% of those positions count, so that is the same loss with a weight of about .06 beside ITM's 1.
-    Mismatched pairs take part, too: there the words alone must do.
+    scores (B, Lt, vocabulary); labels (B, Lt), -100 where no word is masked. over="all" divides by
+    B * text_length instead, as the reference does, which pads each text to 30 tokens and averages
+    over all of them. With 15% masked, only some 6% of those positions count, so that is the same
+    loss with a weight of about .06 beside ITM's 1. Mismatched pairs take part, too: there the words
+    alone must do.
     """
-    total = F.cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(
+        scores.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
     if over == "all":
         return total / (len(labels) * text_length)
     if over == "masked":
-        return total / (labels != -100).sum().clamp(min=1)  # a batch without masked words: 0, not 0/0
+        # a batch without masked words: 0, not 0/0
+        return total / (labels != -100).sum().clamp(min=1)
     raise ValueError(f"unknown average {over!r}: choose masked or all")
 
 
 def itm_loss(scores, labels):
-    """Image-text matching (paper, section 3): y = 1 if caption S and image v belong together, 0 if S is another's.
+    """Image-text matching (paper, section 3): y = 1 if caption S and image v belong together, 0 if
+    S is another's.
 
         L_ITM = -log P(y | S, v)
 
@@ -450,7 +501,8 @@ def itm_loss(scores, labels):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimisation (paper, section 4): AdamW without decay on biases and LayerNorm; linear warm-up, then linear decay
+# Optimisation (paper, section 4): AdamW without decay on biases and LayerNorm; linear warm-up, then
+# linear decay
 
 
 def optimizer_groups(model, weight_decay):
@@ -459,24 +511,32 @@ def optimizer_groups(model, weight_decay):
     for name, p in model.named_parameters():  # a tied weight once
         if p.requires_grad:
             (others if name.endswith("bias") or "LayerNorm" in name else decayed).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def build_optimizer(model, weight_decay=1e-3):
-    """AdamW with the reference's betas. Learning rate and eps are set at every step, by `set_step`."""
-    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), fused=True)
+    """AdamW with the reference's betas. Learning rate and eps are set at every step, by
+    `set_step`."""
+    return torch.optim.AdamW(
+        optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.98), fused=True
+    )
 
 
 ADAM_EPS = 1e-6  # the reference's
 
 
 def set_step(optimizer, step, lr):
-    """What an update depends on besides the gradients: its learning rate, and an eps that makes it the reference's.
+    """What an update depends on besides the gradients: its learning rate, and an eps that makes it
+    the reference's.
 
-        update = lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps / sqrt(1 - b2^t)),  t = step = 1, 2, ...
+        update = lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps / sqrt(1 - b2^t)),  t = step
 
-    The reference adds eps to sqrt(v) before the bias correction, torch after it: so torch gets eps / sqrt(1 - b2^t),
-    seven times eps in the first step. Training then follows the reference's to six digits, losses and weights.
+    The reference adds eps to sqrt(v) before the bias correction, torch after it: so torch gets eps
+    / sqrt(1 - b2^t), seven times eps in the first step. Training then follows the reference's to
+    six digits, losses and weights.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -484,12 +544,14 @@ def set_step(optimizer, step, lr):
 
 
 def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
-    """Linear from 0 to `peak` over the first warmup_ratio of the steps, then linear to 0 at total_steps.
+    """Linear from 0 to `peak` over the first warmup_ratio of the steps, then linear to 0 at
+    total_steps.
 
-        peak * step / warmup    if step < warmup, else    peak * (total_steps - step) / (total_steps - warmup)
+        peak * step / warmup                                       if step < warmup, else
+        peak * (total_steps - step) / (total_steps - warmup)
 
-    step counts from 1 (the first update). Where that gives exactly 0, as at total_steps (even if all is warm-up), it
-    is the reference's 1e-8, so that no step is in vain.
+    step counts from 1 (the first update). Where that gives exactly 0, as at total_steps (even if
+    all is warm-up), it is the reference's 1e-8, so that no step is in vain.
     """
     warmup = int(warmup_ratio * total_steps)
     if step < warmup:
@@ -498,8 +560,9 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
 
 
 ########################################################################################################################
-# Here the paper's part ends. What follows serves both scripts: settings and flags, weights and checkpoints, and what
-# surrounds a training loop (several GPUs, precision, the log, how a run stops and goes on, errors).
+# Here the paper's part ends. What follows serves both scripts: settings and flags, weights and
+# checkpoints, and what surrounds a training loop (several GPUs, precision, the log, how a run stops
+# and goes on, errors).
 ########################################################################################################################
 
 

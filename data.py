@@ -1,27 +1,28 @@
-"""Videos and images to clips, text to tokens, public annotation files to examples, and the toy data.
+"""Videos and images to clips, text to tokens, public annotation files to examples, and the toy
+data.
 
 The first part is the paper's, and all that most readers need:
 
-    videos            ->  N clips of T frames, (N, T, 3, L, L) uint8     `sample_clips`, `read_clips` (section 3)
-    text              ->  WordPiece ids, (n, Lt)                         `build_tokenizer`
-    examples          ->  batches                                        `ClipDataset`, `Collator`
-    captioned images  ->  batches with wrong captions, masked words      `CaptionDataset`, `mask_tokens` (section 3)
+    videos            ->  N clips, (N, T, 3, L, L) uint8               `sample_clips`, `read_clips`
+    text              ->  WordPiece ids, (n, Lt)                       `build_tokenizer`
+    examples          ->  batches                                      `ClipDataset`, `Collator`
+    captioned images  ->  batches with wrong captions, masked words    `CaptionDraw`, `mask_tokens`
 
 The second part knows files:
 
-    videos, images    ->  frames, also from a cache                      `probe`, `read_frames`, `write_cache`
-    annotation files  ->  Example(video, text, options, answer)          `read_examples`; `LAYOUTS`
-    nothing           ->  the toy data, in the same layouts              `toy_data`
-    clips, attention  ->  pictures of what the model sees                `draw_sheet`, `contact_sheet`
-    a data set        ->  what is wrong with it                          `check`
+    videos, images    ->  frames, also from a cache                    `read_frames`, `write_cache`
+    annotation files  ->  Example(video, text, options, answer)        `read_examples`; `LAYOUTS`
+    nothing           ->  the toy data, in the same layouts            `toy_data`
+    clips, attention  ->  pictures of what the model sees              `draw_sheet`
+    a data set        ->  what is wrong with it                        `check`
 
     python data.py toy DIR                      write the toy data to DIR
-    python data.py check --task T --data DIR    what is missing, broken, doubled, cut: before hours are spent on it
-    python data.py cache --data DIR             decode each video there once, into small files for --cache
+    python data.py check --task T --data DIR    what is missing, broken, doubled, cut
+    python data.py cache --data DIR             decode each video once, into small files for --cache
     python data.py show VIDEO --clips 4         draw the frames that a model would look at
 
-A frame index is a point on a regular grid: frame i is what the file shows at i / fps seconds. For a constant-rate
-video that is simply its i-th frame, and variable rates need no special care.
+A frame index is a point on a regular grid: frame i is what the file shows at i / fps seconds. For a
+constant-rate video that is simply its i-th frame, and variable rates need no special care.
 """
 
 import argparse
@@ -60,8 +61,10 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 from transformers.utils import cached_file
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS, below, is stricter
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's workers are parallel enough
+# MAX_PIXELS, below, is stricter
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# the data loader's workers are parallel enough
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -76,19 +79,23 @@ class NoAnnotations(DataError):
 # ----------------------------------------------------------------------------------------------------------------------
 # Videos to clips (paper, section 3: sparse sampling)
 
+
 # -------------------------------------------------- which frames
 def sample_clips(
     num_frames: int, fps: float, n_clips: int, n_frames: int, target_fps: float, train: bool,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sparse sampling: choose n_clips short clips of n_frames frames; returns int64 (n_clips, n_frames) frame indices.
+    """Sparse sampling: choose n_clips short clips of n_frames frames; returns int64 (n_clips,
+    n_frames) frame indices.
 
-        clip i starts, with f = length - clip, at    random in [0, f]             in training
-                                                     f i / N, i = 0 .. N - 1      in testing (N = 1: f / 2)
+        clip i starts, with f = length - clip, at    random in [0, f]           in training
+                                                     f i / N, i = 0 .. N - 1    in testing
+                                                     (N = 1: f / 2)
 
-    A clip spans n_frames / target_fps seconds. Two or more frames include both of its ends: at 30 fps, two frames "at
-    2 fps" are 29 frames apart. A single frame is the clip's first.
-    - one test clip sits in the middle, as in the paper (its first frame thus half a clip before the video's middle);
+    A clip spans n_frames / target_fps seconds. Two or more frames include both of its ends: at 30
+    fps, two frames "at 2 fps" are 29 frames apart. A single frame is the clip's first.
+    - one test clip sits in the middle, as in the paper (its first frame thus half a clip before the
+      video's middle);
       the reference code takes the start of the video.
     - a clip longer than the video (f = 0) repeats the last frame, as the reference does.
     """
@@ -108,15 +115,18 @@ def sample_clips(
 
 # -------------------------------------------------- which pixels
 def resized_shape(height, width, size):
-    """(h, w) with the long side equal to `size`; the short side is truncated, never below one pixel."""
+    """(h, w) with the long side equal to `size`; the short side is truncated, never below one
+    pixel."""
     long = max(height, width)
     return max(int(height * size / long), 1), max(int(width * size / long), 1)
 
 
 def resize_and_pad(frames, size):
-    """(..., 3, H, W) -> (..., 3, size, size): long side to `size` (small frames grow too), zeros right and bottom.
+    """(..., 3, H, W) -> (..., 3, size, size): long side to `size` (small frames grow too), zeros
+    right and bottom.
 
-    Float in, float out: the reference's numbers (bilinear, no antialiasing). uint8 in, uint8 out: the same, rounded.
+    Float in, float out: the reference's numbers (bilinear, no antialiasing). uint8 in, uint8 out:
+    the same, rounded.
     """
     *lead, C, H, W = frames.shape  # any leading axes, channels, height, width
     h, w = resized_shape(H, W, size)
@@ -130,9 +140,11 @@ def resize_and_pad(frames, size):
 
 # -------------------------------------------------- a file's clips: its frames come from `read_frames`, far below
 def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False):
-    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises DataError.
+    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises
+    DataError.
 
-    cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the same.
+    cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the
+    same.
     """
     kept = cache and open_cached(path, size)
     num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
@@ -147,12 +159,14 @@ def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None,
 
 
 def build_tokenizer(vocabulary):
-    """A lower-casing WordPiece tokenizer over a list of tokens; the position in the list is the id."""
+    """A lower-casing WordPiece tokenizer over a list of tokens; the position in the list is the
+    id."""
     return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
 
 
 def read_vocabulary(bert=None, offline=False):
-    """A BERT's tokens, 30,522 of them in bert-base-uncased's: vocab.txt of a local folder or of a name of the hub's.
+    """A BERT's tokens, 30,522 of them in bert-base-uncased's: vocab.txt of a local folder or of a
+    name of the hub's.
 
     offline: only a copy of the hub's that an earlier run has left on this machine.
     """
@@ -161,24 +175,33 @@ def read_vocabulary(bert=None, offline=False):
         vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         reason = str(error).splitlines()[0][:150]
-        raise DataError(f"no vocabulary ({reason}): give --bert DIR, a folder with BERT's vocab.txt") from None
+        raise DataError(
+            f"no vocabulary ({reason}): give --bert DIR, a folder with BERT's vocab.txt"
+        ) from None
     if missing := set(SPECIAL_TOKENS) - set(vocabulary):
-        raise DataError(f"{path}: {', '.join(sorted(missing))} missing; this is not a BERT vocabulary")
+        raise DataError(
+            f"{path}: {', '.join(sorted(missing))} missing; this is not a BERT vocabulary"
+        )
     return vocabulary
 
 
 def words_of(text):
-    """Words and marks in lower case, as BERT's tokenizer first cuts a text; it may cut them further."""
+    """Words and marks in lower case, as BERT's tokenizer first cuts a text; it may cut them
+    further."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
 def vocabulary_from_text(texts, size=10_000):
-    """A vocabulary without any download: BERT's special tokens, single characters, then the most frequent words.
+    """A vocabulary without any download: BERT's special tokens, single characters, then the most
+    frequent words.
 
-    With every character as a first piece ("a") and as a continuation ("##a"), WordPiece can spell any new word.
+    With every character as a first piece ("a") and as a continuation ("##a"), WordPiece can spell
+    any new word.
     """
     words = Counter(word for text in texts for word in words_of(text))
-    characters = sorted({c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789"))
+    characters = sorted(
+        {c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789")
+    )
     common = sorted((w for w in words if len(w) > 1), key=lambda w: (-words[w], w))
     return SPECIAL_TOKENS + characters + ["##" + c for c in characters] + common[:size]
 
@@ -189,11 +212,15 @@ def vocabulary_from_text(texts, size=10_000):
 
 class Example(NamedTuple):
     """One row of an annotation file: a video (or image), its text, the answer."""
-    id: str  # as the file has it, else its place there; only for a reader of predictions, and perhaps not unique
+
+    # as the file has it, else its place there; only for a reader of predictions, and perhaps not
+    # unique
+    id: str
     video: str  # name as the annotation gives it
     text: str  # question or caption; "" in MSRVTT-MC, where the options are the captions
     options: tuple = ()  # answer options of multiple choice
-    answer: object = None  # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
+    # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
+    answer: object = None
     kind: str = ""  # FrameQA/VQA question type, for per-type accuracies
     people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
     path: str | None = None  # of the video; None: it is missing
@@ -201,46 +228,64 @@ class Example(NamedTuple):
 
 
 def generator_of(*key):
-    """A random generator for each key, such as (seed, "clips", epoch, index): other numbers for any other key.
+    """A random generator for each key, such as (seed, "clips", epoch, index): other numbers for any
+    other key.
 
-    Sums like seed + epoch would not do: epoch 1 of seed 0 would be epoch 0 of seed 1, and what is measured with several
-    seeds would not be independent. A hash mixes the parts of the key, the same on every machine.
+    Sums like seed + epoch would not do: epoch 1 of seed 0 would be epoch 0 of seed 1, and what is
+    measured with several seeds would not be independent. A hash mixes the parts of the key, the
+    same on every machine.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """Examples with their sampled clips. Items are asked for as (epoch, index): see `training_order`.
+    """Examples with their sampled clips. Items are asked for as (epoch, index): see
+    `training_order`.
 
-    The random clips of an item depend on (seed, epoch, index) alone, not on which worker reads it or when: two runs,
-    with any number of workers, stopped and resumed or not, see the same frames.
+    The random clips of an item depend on (seed, epoch, index) alone, not on which worker reads it
+    or when: two runs, with any number of workers, stopped and resumed or not, see the same frames.
     """
 
     def __init__(self, examples, s, *, n_clips, train, draw=None):
-        """s: the settings (frames, fps, size, seed, blind, cache). n_clips: N. draw: see `CaptionDraw`."""
-        self.examples, self.s, self.n_clips, self.train, self.draw = examples, s, n_clips, train, draw
+        """s: the settings (frames, fps, size, seed, blind, cache). n_clips: N. draw: see
+        `CaptionDraw`."""
+        self.examples, self.s, self.n_clips, self.train, self.draw = (
+            examples,
+            s,
+            n_clips,
+            train,
+            draw,
+        )
 
     def __len__(self):
         return len(self.examples)
 
     def __getitem__(self, key):
-        """-> {"example", "frames" (N, T, 3, L, L) uint8, "texts", "unreadable"}; with draw "target" and "generator"."""
+        """-> {"example", "frames" (N, T, 3, L, L) uint8, "texts", "unreadable"}; with draw "target"
+        and "generator"."""
         epoch, index = key
         clips, unreadable = generator_of(self.s.seed, "clips", epoch, index), []
-        for attempt in range(20):  # an unreadable video is replaced by the next example in training ...
+        # an unreadable video is replaced by the next example in training ...
+        for attempt in range(20):
             example = self.examples[(index + attempt) % len(self)]
             try:
                 frames = self.read(example, clips)
                 break
             except DataError as error:
                 unreadable.append(str(error))
-                if not self.train:  # ... and answered blindly, that is, counted as wrong, in evaluation
+                # ... and answered blindly, that is, counted as wrong, in evaluation
+                if not self.train:
                     frames = self.black()
                     break
         else:
             raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
-        item = {"example": example, "frames": frames, "texts": input_texts(example), "unreadable": unreadable}
+        item = {
+            "example": example,
+            "frames": frames,
+            "texts": input_texts(example),
+            "unreadable": unreadable,
+        }
         if self.draw:  # the generator's later numbers choose the words to mask
             item["generator"] = generator_of(self.s.seed, "texts", epoch, index)
             item["texts"], item["target"] = self.draw(example, item["generator"])
@@ -252,24 +297,32 @@ class ClipDataset(torch.utils.data.Dataset):
             return self.black()
         if example.path is None:
             raise DataError(f"{example.video}: no such video")
-        return read_clips(example.path, self.n_clips, s.frames, s.fps, s.size, self.train, generator, s.cache)
+        return read_clips(
+            example.path, self.n_clips, s.frames, s.fps, s.size, self.train, generator, s.cache
+        )
 
     def black(self):
-        return torch.zeros((self.n_clips, self.s.frames, 3, self.s.size, self.s.size), dtype=torch.uint8)
+        return torch.zeros(
+            (self.n_clips, self.s.frames, 3, self.s.size, self.s.size), dtype=torch.uint8
+        )
 
 
 def training_order(n_examples, batch_size, n_batches, seed, start=0):
-    """Yield batch number start, start + 1, ..., n_batches - 1, as lists of batch_size keys (epoch, index).
+    """Yield batch number start, start + 1, ..., n_batches - 1, as lists of batch_size keys (epoch,
+    index).
 
-    One endless stream of examples, every epoch shuffled anew, is cut into batches: one may span the end of an epoch,
-    none is short. So two batches of 16 are the same examples as one of 32, everywhere in the run. The stream is known
-    in advance from the seed: a resumed run goes on with the very batch that the stopped one would have seen.
+    One endless stream of examples, every epoch shuffled anew, is cut into batches: one may span the
+    end of an epoch, none is short. So two batches of 16 are the same examples as one of 32,
+    everywhere in the run. The stream is known in advance from the seed: a resumed run goes on with
+    the very batch that the stopped one would have seen.
     """
     first_epoch, first = divmod(start * batch_size, n_examples)
 
     def stream():
         for epoch in itertools.count(first_epoch):
-            for i in torch.randperm(n_examples, generator=generator_of(seed, "order", epoch)).tolist():
+            for i in torch.randperm(
+                n_examples, generator=generator_of(seed, "order", epoch)
+            ).tolist():
                 yield epoch, i
 
     keys = islice(stream(), first, None)
@@ -284,10 +337,12 @@ def ordered_batches(n_examples, batch_size):
 
 
 class Collator:
-    """A list of items to tensors. n texts per example: 1; in multiple choice, its options; else as many as are drawn.
+    """A list of items to tensors. n texts per example: 1; in multiple choice, its options; else as
+    many as are drawn.
 
-    frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target (B,), with soft scores
-    (B, K), of drawn captions (B*n,); with a mask_rate mlm_labels (B*n, Lt); and plain lists.
+    frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target
+    (B,), with soft scores (B, K), of drawn captions (B*n,); with a mask_rate mlm_labels (B*n, Lt);
+    and plain lists.
     """
 
     def __init__(self, tokenizer, text_length, answers=None, mask_rate=0.0):
@@ -303,11 +358,14 @@ class Collator:
         batch = {
             "frames": torch.stack([item["frames"] for item in items]),
             "attention_mask": pad([torch.ones_like(row) for row in ids]),
-            "target": torch.tensor([t for item in items for t in item.get("target", [self.target(item["example"])])]),
+            "target": torch.tensor(
+                [t for item in items for t in item.get("target", [self.target(item["example"])])]
+            ),
             "examples": [item["example"] for item in items],
             "unreadable": [item["unreadable"] for item in items],
         }
-        if self.mask_rate:  # before padding: what is masked must not depend on the other texts of the batch
+        # before padding: what is masked must not depend on the other texts of the batch
+        if self.mask_rate:
             generators = [item["generator"] for item in items for _ in item["texts"]]
             masked = [mask_tokens(row, self.tokenizer, generator, self.mask_rate)
                       for row, generator in zip(ids, generators, strict=True)]  # fmt: skip
@@ -316,39 +374,48 @@ class Collator:
         return batch | {"input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id)}
 
     def target(self, example):
-        """What the loss wants: an option's index, an answer's label (-1: not in the list), all soft scores, a count."""
+        """What the loss wants: an option's index, an answer's label (-1: not in the list), all soft
+        scores, a count."""
         if isinstance(example.answer, dict):
             return [float(example.answer.get(answer, 0)) for answer in self.labels]
-        return self.labels.get(example.answer, -1) if isinstance(example.answer, str) else example.answer or 0
+        return (
+            self.labels.get(example.answer, -1)
+            if isinstance(example.answer, str)
+            else example.answer or 0
+        )
 
 
 def input_texts(example):
-    """Multiple choice: "question option" as one sequence per option, as the reference; else the text alone."""
+    """Multiple choice: "question option" as one sequence per option, as the reference; else the
+    text alone."""
     return [f"{example.text} {option}".strip() for option in example.options] or [example.text]
 
 
 def data_loader(dataset, batches, collate, workers):
     """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=outlive_signals,
-        generator=torch.Generator(),  # or each loader would draw on the random state that a resumed run restores
+        # or each loader would draw on the random state that a resumed run restores
+        generator=torch.Generator(),
     )  # fmt: skip
 
 
 def outlive_signals(worker):
-    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its step: its workers ignore
-    the one and outlive the other by ten seconds."""
+    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its
+    step: its workers ignore the one and outlive the other by ten seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 # -------------------------------------------------- captions: some of them wrong (ITM, retrieval), words masked (MLM)
 def caption_groups(examples, n):
-    """Examples of one caption each to examples of n captions of one image, as the reference groups them in pretraining.
+    """Examples of one caption each to examples of n captions of one image, as the reference groups
+    them in pretraining.
 
-    An epoch shows every caption once, an image as often as it has groups: of 5 captions with n = 2, 3 times. A caption
-    that stands twice under an image counts once.
+    An epoch shows every caption once, an image as often as it has groups: of 5 captions with n = 2,
+    3 times. A caption that stands twice under an image counts once.
     """
     captions = {}
     for example in examples:
@@ -358,46 +425,59 @@ def caption_groups(examples, n):
 
 
 class CaptionDraw:
-    """Draws n captions for a video, by turns one of its own and one of another video's: a match and a mismatch.
+    """Draws n captions for a video, by turns one of its own and one of another video's: a match and
+    a mismatch.
 
-    Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss of a coin: as many
-    right as wrong ones per video. Otherwise ITM begins by learning which pictures had luck with their coins.
+    Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss
+    of a coin: as many right as wrong ones per video. Otherwise ITM begins by learning which
+    pictures had luck with their coins.
     """
 
     def __init__(self, examples, n):
         self.examples, self.n = examples, n
-        self.own = {}  # {video: everything said about it}: a caption of two videos is no mismatch for either
+        # {video: everything said about it}: a caption of two videos is no mismatch for either
+        self.own = {}
         for example in examples:
             said = example.captions or (example.text,)
             self.own.setdefault(example.video, set()).update(text.lower() for text in said)
 
     def __call__(self, example, generator):
-        """-> n captions, n labels: 1 if it is the video's own, 0 if another's. Own ones repeat if there are too few."""
+        """-> n captions, n labels: 1 if it is the video's own, 0 if another's. Own ones repeat if
+        there are too few."""
         own = example.captions or (example.text,)
         order = torch.randperm(len(own), generator=generator).tolist()
         texts = [own[order[i % len(own)]] for i in range(self.n)]
         coin = torch.randint(2, (), generator=generator).item()
         labels = [(i + coin) % 2 for i in range(self.n)]
-        return [text if label else self.mismatch(example, generator) for text, label in zip(texts, labels)], labels
+        return [
+            text if label else self.mismatch(example, generator)
+            for text, label in zip(texts, labels)
+        ], labels
 
     def mismatch(self, example, generator):
-        """A caption of another video, drawn at random until it is one that is not said of this video, too."""
+        """A caption of another video, drawn at random until it is one that is not said of this
+        video, too."""
         for _ in range(100):
             other = self.examples[torch.randint(len(self.examples), (), generator=generator)]
             captions = other.captions or (other.text,)
             caption = captions[torch.randint(len(captions), (), generator=generator)]
             if caption.lower() not in self.own[example.video]:
                 return caption
-        raise DataError(f"{example.video}: every caption is said of every video; there is nothing to tell apart")
+        raise DataError(
+            f"{example.video}: every caption is said of every video; there is nothing to tell apart"
+        )
 
 
 def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
-    """BERT's masking: of 15% of the tokens, 80% become [MASK], 10% a random token, and 10% stay what they are.
+    """BERT's masking: of 15% of the tokens, 80% become [MASK], 10% a random token, and 10% stay
+    what they are.
 
-    -> (input_ids with these changes, labels: the token at those 15%, -100 elsewhere). The random and the unchanged ones
-    are there because no text has a [MASK] after pretraining: any word may turn out to be the one to predict.
+    -> (input_ids with these changes, labels: the token at those 15%, -100 elsewhere). The random
+    and the unchanged ones are there because no text has a [MASK] after pretraining: any word may
+    turn out to be the one to predict.
     """
-    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))  # [CLS] [SEP] [PAD] [UNK]: never
+    # [CLS] [SEP] [PAD] [UNK]: never
+    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))
     chance = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 1.0)
     tokens = torch.randint(len(tokenizer), input_ids.shape, generator=generator)
     masked = torch.where(chance < 0.9 * rate, tokens, input_ids)
@@ -406,8 +486,9 @@ def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
 
 
 ########################################################################################################################
-# Here the paper's part ends. What follows knows files: how frames come out of videos, what the public annotation
-# files look like, how the toy data are drawn, how pictures of it all are made, and what may be wrong with a data set.
+# Here the paper's part ends. What follows knows files: how frames come out of videos, what the
+# public annotation files look like, how the toy data are drawn, how pictures of it all are made,
+# and what may be wrong with a data set.
 ########################################################################################################################
 
 

@@ -1,17 +1,18 @@
 """Fine-tune and evaluate ClipBERT on a task (paper, section 4).
 
-    python finetune.py --task tgif_qa                                         the toy data: minutes on a laptop CPU
-    python finetune.py --task tgif_qa --data DIR --model base                 the paper's model on real data, one GPU
-    python finetune.py --task tgif_qa --data DIR --init CKPT                  from image-text pretraining
+    python finetune.py --task tgif_qa                            toy data: minutes on a laptop CPU
+    python finetune.py --task tgif_qa --data DIR --model base    the paper's model on real data
+    python finetune.py --task tgif_qa --data DIR --init CKPT     from image-text pretraining
     python finetune.py --task tgif_qa --data DIR --eval CKPT --test_clips 1 4 16
-    python finetune.py --task tgif_qa --eval CKPT --predict VIDEO.gif --question "what does it do 3 times ?" \\
+    python finetune.py --task tgif_qa --eval CKPT --predict VIDEO.gif --question "what does it?" \\
                        --options jump spin wave --sheet out.png
-    python finetune.py --task tgif_qa --resume                                go on after an interruption
-    torchrun --nproc_per_node=8 finetune.py --task tgif_qa --data DIR ...     eight GPUs, eight times the batch
+    python finetune.py --task tgif_qa --resume                   go on after an interruption
+    torchrun --nproc_per_node=8 finetune.py --task tgif_qa ...   eight GPUs, eight times the batch
 
-A run writes to a folder of its own, runs/<task>/ if that is free: config.json, log.jsonl (a line a step or
-evaluation), last.pt and the one before it, previous.pt, best.pt, predictions.jsonl, metrics.json and sheet.png (some of
-the test examples, right and wrong). --eval writes beside its checkpoint, into files named after what was evaluated.
+A run writes to a folder of its own, runs/<task>/ if that is free: config.json, log.jsonl (a line a
+step or evaluation), last.pt and the one before it, previous.pt, best.pt, predictions.jsonl,
+metrics.json and sheet.png (some of the test examples, right and wrong). --eval writes beside its
+checkpoint, into files named after what was evaluated.
 
 Read it from `run_training` on: settings -> data -> model -> loop -> evaluation.
 """
@@ -32,68 +33,81 @@ import data
 from clipbert import setting
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: clipbert.Settings and these; a task's row says what the paper (or the tiny model) has instead of the defaults
+# Settings: clipbert.Settings and these; a task's row has what the paper has instead of the defaults
 
 
 @dataclass
 class Settings(clipbert.Settings):
     """What fine-tuning can be told. L, batch and learning rate are the paper's for TGIF-QA."""
 
-    task: str = setting("tgif_qa_action", "what to learn", choices=[*data.ALIASES, *data.LAYOUTS], metavar="TASK")
+    task: str = setting(
+        "tgif_qa_action", "what to learn", choices=[*data.ALIASES, *data.LAYOUTS], metavar="TASK"
+    )
     lr: float = setting(1e-4, "the learning rate's peak", low=0, high=1)
-    text_length: int = setting(None, "Lt at most, [CLS] and [SEP] included (default: the task's)", low=3, high=512)
+    text_length: int = setting(
+        None, "Lt at most, [CLS] and [SEP] included (default: the task's)", low=3, high=512
+    )
     train_clips: int = setting(1, "N_train", high=1000)
     agg: str = setting("mean", "G: how clips become a video", choices=["mean", "max", "lse"])
-    test_clips: tuple = setting((1, 4, 16), "N_test: evaluate at each of these", high=1000, nargs="+")
-    rerank: int = setting(None, "retrieval: score all pairs on one clip, then only each caption's best K on all",
-                          metavar="K")  # fmt: skip
+    test_clips: tuple = setting(
+        (1, 4, 16), "N_test: evaluate at each of these", high=1000, nargs="+"
+    )
+    rerank: int = setting(None, "retrieval: score all pairs on one clip, only each caption's best "
+                          "K on all", metavar="K")  # fmt: skip
     # other things to do than train
     split: str = setting("test", "with --eval: on which examples", choices=["train", "val", "test"])
     predict: str = setting(None, "with --eval: answer --question about one video", metavar="VIDEO")
     question: str = setting(None, "... this one; of a retrieval model: a caption")
-    options: tuple = setting((), "... multiple choice: the options; retrieval: more captions", nargs="+")
+    options: tuple = setting(
+        (), "... multiple choice: the options; retrieval: more captions", nargs="+"
+    )
     sheet: str = setting(None, "with --predict: draw what the model looked at", metavar="FILE")
     clips: int = setting(6, "with --sheet: rows for so many clips", high=64, metavar="ROWS")
 
 
 class Task(NamedTuple):
-    """A data set, and what is not the default there. How its files are read stands in data.LAYOUTS."""
+    """A data set, and what is not the default there. data.LAYOUTS says how its files are read."""
 
     title: str
     kind: str  # of answer: choice | answer | soft | count | match (see clipbert.video_loss)
-    outputs: int = 1  # K: a score per option or count; 2 for "match"; open-ended: at least this many
-    validation: bool = False  # choose best.pt by a "val" split (False: there is none, the last is the best)
-    paper: dict | None = None  # settings, as in the paper or, where it says nothing, the reference's configuration
+    outputs: int = 1  # K: 1 a score an option, or a count; 2 "match"; open-ended: at least so many
+    validation: bool = False  # best.pt is chosen by a "val" split; False: the last is the best
+    paper: dict | None = None  # settings: the paper's; where it is silent, the reference's
     tiny: dict | None = None  # what the tiny model changes, besides TINY
 
 
-# Eight clips of two frames, a second each, as in the paper's MSRVTT rows; LogSumExp lets one clip decide.
-CLIPS_8x2 = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "grad_accum": 1, "epochs": 20, "lr": 5e-5}
+# Eight clips of two frames, a second each: the paper's MSRVTT rows. LogSumExp lets one clip decide.
+CLIPS_8x2 = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "grad_accum": 1,
+             "epochs": 20, "lr": 5e-5}  # fmt: skip
 
 TASKS = {
     # The reference code's own configuration of TGIF-QA is another: size 768, grad_accum 1, lr 5e-5.
     "tgif_qa_action": Task("TGIF-QA action", "choice"),
     "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny={"max_steps": 1200}),
-    "tgif_qa_frameqa": Task("TGIF-QA FrameQA", "answer", outputs=1540),  # the reference's max(n, 1540)
+    "tgif_qa_frameqa": Task("TGIF-QA FrameQA", "answer", outputs=1540),  # the reference's
     "tgif_qa_count": Task("TGIF-QA count", "count"),
     "msrvtt_retrieval": Task("MSRVTT retrieval", "match", 2, paper=CLIPS_8x2),
     "didemo_retrieval": Task("DiDeMo paragraph retrieval", "match", 2, validation=True,
                              paper=CLIPS_8x2 | {"batch_size": 8, "grad_accum": 4}),
     "activitynet_retrieval": Task("ActivityNet paragraph retrieval", "match", 2,
-                                  paper=CLIPS_8x2 | {"fps": 1.0, "train_clips": 4, "grad_accum": 2, "epochs": 80}),
+                                  paper=CLIPS_8x2 | {"fps": 1.0, "train_clips": 4, "grad_accum": 2,
+                                                     "epochs": 80}),
     "msrvtt_qa": Task("MSRVTT-QA", "answer", validation=True, paper=CLIPS_8x2 | {"epochs": 10},
                       tiny={"train_clips": 2, "lr": 5e-4, "max_steps": 1200}),
     "qa": Task("one's own questions", "answer", validation=True, paper=CLIPS_8x2 | {"epochs": 10}),
-    # Five captions, scored by a retrieval model: train (or --eval) one; only the test file is this task's own.
+    # Five captions, scored by a retrieval model: train (or --eval) one; only the test is its own.
     "msrvtt_mc": Task("MSRVTT multiple choice", "match", 2, paper=CLIPS_8x2),
-    "vqa": Task("VQA v2", "soft", paper={"size": 768, "batch_size": 32, "grad_accum": 1, "epochs": 5, "clip_grad": 2.0,
-                                         "test_clips": (1,)}, tiny={"lr": 5e-4, "max_steps": 2400}),
+    "vqa": Task("VQA v2", "soft",
+                paper={"size": 768, "batch_size": 32, "grad_accum": 1, "epochs": 5, "clip_grad": 2.0,
+                       "test_clips": (1,)},
+                tiny={"lr": 5e-4, "max_steps": 2400}),
 }  # fmt: skip
 
-# What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy frames do not show the
-# answer, and at 1e-3 that noise teaches the scores to ignore the options before attention has learned to match them.
-TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1, "lr": 3e-4,
-        "max_steps": 800}  # fmt: skip
+# What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy
+# frames do not show the answer, and at 1e-3 that noise teaches the scores to ignore the options
+# before attention has learned to match them.
+TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1,
+        "lr": 3e-4, "max_steps": 800}  # fmt: skip
 
 
 def parse_arguments(arguments=None):
@@ -106,7 +120,8 @@ def parse_arguments(arguments=None):
         given["task"] = data.ALIASES.get(given["task"], given["task"])
     if "split" in given and "eval" not in given:
         parser.error("--split chooses what --eval CKPT evaluates")
-    if {"predict", "question", "options"} & given.keys() and not {"eval", "predict", "question"} <= given.keys():
+    needed = {"eval", "predict", "question"}
+    if {"predict", "question", "options"} & given.keys() and not needed <= given.keys():
         parser.error("--predict VIDEO needs --eval CKPT and --question TEXT, and they need it")
     if "sheet" in given and "predict" not in given:
         parser.error("--sheet draws what --predict VIDEO looked at; give that, too")
@@ -114,7 +129,7 @@ def parse_arguments(arguments=None):
 
 
 def row(name, model):
-    """What a task has instead of the defaults: the paper's settings, and the changes of the model, if it is tiny."""
+    """What a task has instead of the defaults: the paper's settings; the tiny model's changes."""
     task, length = TASKS[name], {"text_length": data.LAYOUTS[name].text_length}
     return length | (task.paper or {}) | (TINY | (task.tiny or {}) if model == "tiny" else {})
 
@@ -130,7 +145,9 @@ def run_training(given):
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
         examples, test = load_examples(s, "train"), load_examples(s, "test")
-        model, vocabulary, answers, guess = load_model(s, stopped) if stopped else new_model(s, start, examples)
+        model, vocabulary, answers, guess = (
+            load_model(s, stopped) if stopped else new_model(s, start, examples)
+        )
     if answers:
         examples = only_known_answers(s, examples, set(answers), "training: left out")
         only_known_answers(s, test, set(answers), "test: counted as wrong")
@@ -138,17 +155,19 @@ def run_training(given):
     model = clipbert.use_machine(s, model)
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, answers)
     training = clipbert.Training(
-        s, model, len(examples), stopped, task=s.task, num_outputs=model.num_outputs, vocabulary=vocabulary,
-        answers=answers, guess=guess,
+        s, model, len(examples), stopped, task=s.task, num_outputs=model.num_outputs,
+        vocabulary=vocabulary, answers=answers, guess=guess,
     )  # fmt: skip
-    print(f"{TASKS[s.task].title}: {len(examples):,} training and {len(test):,} test examples from {where(s)}")
+    print(f"{TASKS[s.task].title}: {len(examples):,} training and {len(test):,} test examples from "
+          f"{where(s)}")  # fmt: skip
     print(training.summary("examples"))
     val = validation_examples(s)
     with training:
         train(s, model, collate, training, examples, val)
     if val:
         model.load_state_dict(clipbert.load_checkpoint(training.out / "best.pt")["model"])
-    else:  # without a validation split: choosing a step by the test set would be cheating, so the last is the best
+    else:
+        # To choose a step by the test set would be cheating: the last is the best.
         training.save("best.pt", training.total_steps)
     results = evaluate(s, model, collate, test, s.test_clips)
     report(s, training.out, "", results, chance_level(s, guess, test), time.time() - training.began)
@@ -160,26 +179,28 @@ def run_training(given):
 def train(s, model, collate, training, examples, val):
     """The training loop, the same for every task.
 
-    A step is grad_accum batches, one update. Which examples and which random clips it sees depends on the seed and the
-    step alone, so a resumed run repeats the uninterrupted one.
+    A step is grad_accum batches, one update. Which examples and which random clips it sees depends
+    on the seed and the step alone, so a resumed run repeats the uninterrupted one.
     """
     kind = TASKS[s.task].kind
-    draw = data.CaptionDraw(examples, 2) if kind == "match" else None  # retrieval: a right and a wrong caption
+    draw = data.CaptionDraw(examples, 2) if kind == "match" else None  # a right and a wrong caption
     dataset = data.ClipDataset(examples, s, n_clips=s.train_clips, train=True, draw=draw)
-    order = data.training_order(len(examples), s.batch_size, training.n_batches, s.seed, training.first_batch)
+    order = data.training_order(
+        len(examples), s.batch_size, training.n_batches, s.seed, training.first_batch
+    )
     own = islice(order, clipbert.RANK, None, clipbert.PROCESSES)  # every K-th of K processes
     loader = iter(data.data_loader(dataset, own, collate, s.workers))
     model.train()
     for step in training.steps():
         total = 0.0
         for batch in training.batches(loader):
-            with clipbert.autocast(s):
-                p = training.forward(batch["frames"], batch["input_ids"], batch["attention_mask"])  # p_1, ..., p_N
+            with clipbert.autocast(s):  # p_1, ..., p_N: (N, B*n, K)
+                p = training.forward(batch["frames"], batch["input_ids"], batch["attention_mask"])
             p = clipbert.aggregate_clips(p, s.agg)  # p = G(p_1, ..., p_N)
             loss = clipbert.video_loss(p, batch["target"], kind)  # NLL(p, q)
             training.backward(loss)
             total = total + loss.detach()
-        training.update(step, loss=total)  # clipbert.Training: learning rate, clipped gradient, AdamW; the log
+        training.update(step, loss=total)  # the learning rate, clipped gradients, AdamW; the log
         if val and training.ends_epoch(step):
             score = next(iter(evaluate(s, model, collate, val, [1])[0]["1"].values()))
             score = score["r1"] if isinstance(score, dict) else score  # R@1, or the accuracy
@@ -205,7 +226,7 @@ def load_examples(s, split):
 
 
 def validation_examples(s):
-    """Of tasks that choose best.pt by them; None for the others, for toy data, and where there are none."""
+    """The val split of a task that chooses best.pt by it; None of toy data, or where it is not."""
     if not TASKS[s.task].validation or not s.data:
         return None
     try:
@@ -216,12 +237,17 @@ def validation_examples(s):
 
 
 def new_model(s, state, examples):
-    """-> (model, vocabulary, answers, guess); state: the checkpoint of --init. answers: of an open-ended task, the most
-    frequent ones of training, else None. guess: see best_guess."""
+    """-> (model, vocabulary, answers, guess): all that a checkpoint must hold to be used alone.
+
+    state: the checkpoint of --init, or None. answers: of an open-ended task, those that the model
+    can give, in the order of its outputs, else None. guess: see best_guess.
+    """
     task, layout, answers = TASKS[s.task], data.LAYOUTS[s.task], None
     if task.kind in ("answer", "soft"):
         folder = s.data[0] if s.data else data.toy_data(layout.toy) / layout.toy
+        # The official checkpoints come with a list of theirs; else training's most frequent ones.
         answers = data.read_answer_list(folder) or data.answer_list(examples, layout.top_answers)
+    # VQA's outputs are its list; the others may have more outputs than answers, as the reference.
     outputs = len(answers) if layout.top_answers else max(task.outputs, len(answers or []))
     texts = (text for example in examples for text in data.input_texts(example))
     model, vocabulary = clipbert.start_model(
@@ -235,8 +261,10 @@ def new_model(s, state, examples):
 def load_model(s, state):
     """-> (model, vocabulary, answers, guess) of one of our fine-tuning checkpoints."""
     if state["task"] not in TASKS:
-        raise ValueError(f"{s.eval or s.out}: not a fine-tuned checkpoint of ours; fine-tune from it with --init")
-    retrieval = TASKS[state["task"]].kind == TASKS[s.task].kind == "match"  # one retrieval model does for them all
+        raise ValueError(f"{s.eval or s.out}: not a fine-tuned checkpoint of ours; fine-tune from "
+                         "it with --init")  # fmt: skip
+    # One retrieval model does for all of them, and for multiple choice among captions.
+    retrieval = TASKS[state["task"]].kind == TASKS[s.task].kind == "match"
     if state["task"] != s.task and not retrieval:
         raise ValueError(f"{s.eval or s.out}: a checkpoint of --task {state['task']}, not {s.task}")
     model = clipbert.ClipBert(clipbert.config_from(state), state["num_outputs"])
@@ -246,12 +274,17 @@ def load_model(s, state):
 
 
 def only_known_answers(s, examples, answers, what):
-    """The examples with an answer in the list; the others are counted."""
-    known = [e for e in examples if (e.answer in answers if isinstance(e.answer, str) else answers & e.answer.keys())]
+    """The examples with an answer in the list; the others are counted.
+
+    In training they have no label, so they are left out; a test without them would be too easy.
+    """
+    known = [e for e in examples if not answers.isdisjoint(
+        [e.answer] if isinstance(e.answer, str) else e.answer)]  # fmt: skip
     if others := len(examples) - len(known):
-        print(f"{others:,} of {len(examples):,} questions have no answer in the list of {len(answers):,} ({what})")
+        print(f"{others:,} of {len(examples):,} questions have no answer in the list of "
+              f"{len(answers):,} ({what})")  # fmt: skip
     if not known:
-        raise data.DataError(f"{where(s)}: no answer is in the list of answers there; remove the list")
+        raise data.DataError(f"{where(s)}: no answer is in the list of answers there; remove it")
     return known
 
 
@@ -260,61 +293,78 @@ def only_known_answers(s, examples, answers, what):
 
 
 def evaluate(s, model, collate, examples, clip_counts):
-    """-> ({n: metrics} for each N_test, the predictions at the last of them, what could not be read)."""
+    """-> ({n: metrics} for each N_test, predictions at the last of them, what could not be read).
+
+    Retrieval asks of every pair of a caption and a video; all other tasks, of each example alone.
+    """
     task, by_clips, predictions, errors = TASKS[s.task], {}, [], []
     for n in clip_counts:
         if task.kind == "match" and not examples[0].options:
-            by_clips[str(n)], predictions, errors = evaluate_retrieval(s, model, collate, examples, n)
+            results = evaluate_retrieval(s, model, collate, examples, n)
+            by_clips[str(n)], predictions, errors = results
             continue
         results, errors = score_videos(s, model, collate, examples, n)
-        predictions = [judge(task, e, scores, readable, collate.answers) | {"clips": n}
-                       for e, (scores, readable) in zip(examples, results, strict=True)]  # fmt: skip
+        predictions = [
+            judge(task, e, scores, readable, collate.answers) | {"clips": n}
+            for e, (scores, readable) in zip(examples, results, strict=True)
+        ]
         by_clips[str(n)] = metrics(task, examples, predictions)
     return by_clips, predictions, errors
 
 
 @torch.no_grad()
 def score_videos(s, model, collate, examples, n_clips):
-    """p of every example at N_test = n_clips, as (scores, readable) pairs in order, and what could not be read."""
+    """p at N_test = n_clips: a pair (scores, readable) an example; and what could not be read."""
     model.eval()
-    size = max(1, 2 * s.batch_size // n_clips)  # as many clips at a time as two batches of one clip have
+    # As many clips at a time as two training batches of one clip have: no gradients, less memory.
+    batches = data.ordered_batches(len(examples), max(1, 2 * s.batch_size // n_clips))
     dataset = data.ClipDataset(examples, s, n_clips=n_clips, train=False)
     results, errors = [], []
-    for batch in data.data_loader(dataset, data.ordered_batches(len(examples), size), collate, s.workers):
+    for batch in data.data_loader(dataset, batches, collate, s.workers):
         batch = clipbert.to_device(batch)
-        with clipbert.autocast(s):
-            logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
-        p = clipbert.aggregate_clips(logits.double(), s.agg)
+        with clipbert.autocast(s):  # all N clips: (N, B*n, K)
+            p = model(batch["frames"], batch["input_ids"], batch["attention_mask"])
+        # float64, as in retrieval: no two options share a score by rounding alone
+        p = clipbert.aggregate_clips(p.double(), s.agg)
         if TASKS[s.task].kind == "match":  # multiple choice by a retrieval model
             p = clipbert.match_score(p)
-        p = p.view(len(batch["examples"]), -1).cpu()  # (B, K), or (B, n): a score for each of n options
-        results += [(scores, not lines) for scores, lines in zip(p, batch["unreadable"], strict=True)]
+        p = p.view(len(batch["examples"]), -1).cpu()  # (B, K); (B, n), a score for each option
+        results += zip(p, [not lines for lines in batch["unreadable"]], strict=True)
         errors += [line for lines in batch["unreadable"] for line in lines]
     return results, errors
 
 
 def judge(task, example, scores, readable, answers):
-    """A row of predictions.jsonl: the prediction and how good it is, right or wrong, VQA's accuracy, or, in counting,
-    the squared error."""
-    row = {"id": example.id, "video": example.video, "text": example.text, "options": list(example.options),
-           "answer": example.answer}  # fmt: skip
+    """A row of predictions.jsonl: the prediction and how good it is.
+
+    That is right or wrong, VQA's accuracy (0..1), or, in counting, the squared error.
+    """
+    row = {"id": example.id, "video": example.video, "text": example.text,
+           "options": list(example.options), "answer": example.answer}  # fmt: skip
     if task.kind == "count":  # TGIF-QA counts from 1 to 10
         number = scores.item() if readable else 0.0
-        return row | {"prediction": min(max(round(number), 1), 10), "mse": (number - example.answer) ** 2}
+        said = min(max(round(number), 1), 10)
+        return row | {"prediction": said, "mse": (number - example.answer) ** 2}
     best, names = scores.argmax().item(), example.options or answers
-    said = names[best] if readable and best < len(names) else None  # None: unreadable, or an unused output
+    # None: an unused output, or a video that can't be read, whose answer would be a blind guess
+    said = names[best] if readable and best < len(names) else None
     if task.kind == "soft":
-        return row | {"prediction": said, "accuracy": data.vqa_accuracy(said, example) if said else 0.0}
+        accuracy = data.vqa_accuracy(said, example) if said else 0.0
+        return row | {"prediction": said, "accuracy": accuracy}
+    # Options may be worded alike: their numbers decide.
     correct = best == example.answer if example.options else said == example.answer
     return row | {"prediction": said, "accuracy": bool(readable and correct)}
 
 
 def metrics(task, examples, predictions):
-    """Accuracy in percent, of all examples and of each kind of question; in counting the mean squared error of the raw
-    output and, mse_rounded, what papers print: that of the nearest whole number from 1 to 10."""
+    """Accuracy in percent, of all examples and of each kind of question (FrameQA, VQA).
+
+    In counting the mean squared error of the raw output, and mse_rounded, what papers print: that
+    of the nearest whole number from 1 to 10.
+    """
     if task.kind == "count":
-        return {"mse": mean(row["mse"] for row in predictions),
-                "mse_rounded": mean((row["prediction"] - row["answer"]) ** 2 for row in predictions)}  # fmt: skip
+        rounded = mean((row["prediction"] - row["answer"]) ** 2 for row in predictions)
+        return {"mse": mean(row["mse"] for row in predictions), "mse_rounded": rounded}
     values = {"accuracy": []}
     for e, row in zip(examples, predictions, strict=True):
         for name in {"accuracy", f"accuracy_{e.kind}" if e.kind else "accuracy"}:
@@ -323,41 +373,50 @@ def metrics(task, examples, predictions):
 
 
 def mean(values):
+    """Rounded to the digits that files and tables keep."""
     return round(float(np.mean(list(values))), 4)
 
 
 def best_guess(task, train):
-    """What to say without looking: the most frequent training answer, the mean training count; None: any option."""
+    """What to say without looking: training's most frequent answer, or its mean count.
+
+    None where there is nothing to say: all options are equally likely.
+    """
     if task.kind == "count":
         return float(np.mean([example.answer for example in train]))
     return data.answer_list(train, 1)[0] if task.kind in ("answer", "soft") else None
 
 
 def chance_level(s, guess, test):
-    """How good the best guess is on the test examples, by the name of the metric."""
+    """How good the best guess is on the test examples, by the name of the metric.
+
+    The line to compare with: a toy model above it has seen something.
+    """
     kind = TASKS[s.task].kind
     if test[0].options:
         return {"accuracy": mean(100 / len(example.options) for example in test)}
     if kind == "match":
         videos = len({example.video for example in test})
+        # a random order of m videos: R@k is k/m, and the mean rank (m + 1) / 2
         recalls = {f"r{k}": min(100.0, 100 * k / videos) for k in (1, 5, 10)}
         return recalls | {"median_rank": (videos + 1) / 2, "mean_rank": (videos + 1) / 2}
     if kind == "count":
-        return {"mse": mean((example.answer - guess) ** 2 for example in test),
-                "mse_rounded": mean((example.answer - round(guess)) ** 2 for example in test)}  # fmt: skip
+        mse, rounded = (mean((example.answer - said) ** 2 for example in test)
+                        for said in (guess, round(guess)))  # fmt: skip
+        return {"mse": mse, "mse_rounded": rounded}
     if kind == "soft":
         return {"accuracy": mean(100 * data.vqa_accuracy(guess, example) for example in test)}
     return {"accuracy": mean(100 * (example.answer == guess) for example in test)}
 
 
 # -------------------------------------------------- retrieval: every caption against every video
-# Each clip goes through the CNN once and each caption through the tokenizer once; the reference repeats the CNN for
-# every batch of captions.
+# Each clip goes through the CNN once and each caption through the tokenizer once; the reference
+# repeats the CNN for every batch of captions.
 
 
 def evaluate_retrieval(s, model, collate, examples, n_clips):
     """-> (metrics, predictions, what could not be read) at N_test = n_clips."""
-    videos = list({example.video: example for example in examples}.values())  # one example of each video
+    videos = list({example.video: example for example in examples}.values())  # each once
     places = {example.video: i for i, example in enumerate(videos)}
     columns = torch.tensor([places[example.video] for example in examples])
     grids, errors = encode_videos(s, model, collate, videos, n_clips)
@@ -366,8 +425,8 @@ def evaluate_retrieval(s, model, collate, examples, n_clips):
     ranks = ranks_of(scores.gather(1, columns[:, None]), scores).tolist()
     best = scores.topk(min(5, len(videos))).indices.tolist()
     predictions = [
-        {"id": e.id, "video": e.video, "text": e.text, "rank": rank, "prediction": [videos[i].video for i in top],
-         "clips": n_clips}
+        {"id": e.id, "video": e.video, "text": e.text, "rank": rank,
+         "prediction": [videos[i].video for i in top], "clips": n_clips}
         for e, rank, top in zip(examples, ranks, best, strict=True)
     ]  # fmt: skip
     return retrieval_metrics(scores, columns), predictions, errors
@@ -375,17 +434,18 @@ def evaluate_retrieval(s, model, collate, examples, n_clips):
 
 @torch.no_grad()
 def encode_videos(s, model, collate, videos, n_clips):
-    """F_v of one example a video: grids (N, h, w, d), None where a video can't be read; and what could not be read.
+    """F_v of each video: grids (N, h, w, d), None where it can't be read; and what could not be.
 
     They wait in CPU memory, in the precision of the computation: half, where that is bf16 or fp16.
     """
     model.eval()
     grids, errors = [], []
     dataset = data.ClipDataset(videos, s, n_clips=n_clips, train=False)
-    for batch in data.data_loader(dataset, data.ordered_batches(len(videos), 1), collate, s.workers):
+    batches = data.ordered_batches(len(videos), 1)
+    for batch in data.data_loader(dataset, batches, collate, s.workers):
         with clipbert.autocast(s):
             grid = model.encode_frames(batch["frames"][0].to(clipbert.DEVICE))  # (N, T, h, w, d)
-        grid = grid.mean(1).to("cpu", grid.dtype)  # the mean over T that every caption would take again
+        grid = grid.mean(1).to("cpu", grid.dtype)  # over T: every caption would take it again
         grids.append(None if batch["unreadable"][0] else grid)
         errors += batch["unreadable"][0]
     return grids, errors
@@ -393,15 +453,17 @@ def encode_videos(s, model, collate, videos, n_clips):
 
 @torch.no_grad()
 def score_pairs(s, model, collate, texts, grids, rerank=None):
-    """How well each caption fits each video, as probabilities (captions, videos); 0 for a video that can't be read.
+    """Probabilities (captions, videos) that they belong together; 0 if the video can't be read.
 
-    rerank = K: all pairs are scored on the middle clip alone, and only the best K of each caption on all clips. Of the
-    other pairs it returns that first score minus 1: in both directions they rank among themselves, below all pairs that
-    were scored in full.
+    rerank = K: all pairs are scored on the middle clip alone, and only the best K of each caption
+    on all clips. Of the other pairs it returns that first score minus 1: in both directions they
+    rank among themselves, below all pairs that were scored in full.
     """
     model.eval()
-    tokens = collate.tokenizer(texts, padding=True, truncation=True, max_length=s.text_length, return_tensors="pt")
-    scores = torch.zeros(len(texts), len(grids), dtype=torch.float64)  # float32 would lose small scores beside the -1
+    tokens = collate.tokenizer(texts, padding=True, truncation=True, max_length=s.text_length,
+                               return_tensors="pt")  # fmt: skip
+    # float32 would lose small scores beside the -1
+    scores = torch.zeros(len(texts), len(grids), dtype=torch.float64)
 
     def fill(chosen, clips_of):
         for column, grid in enumerate(grids):
@@ -420,28 +482,28 @@ def score_pairs(s, model, collate, texts, grids, rerank=None):
 
 
 def score_captions(s, model, tokens, rows, grid):
-    """The captions in `rows` against one video, whose clips are grid (N, h, w, d): places (C,), probabilities (C,)."""
-    N, grid = len(grid), grid[:, None].to(clipbert.DEVICE)  # (N, 1, h, w, d): N clips as N videos of one frame
-    for places, *text in caption_batches(tokens, rows, max(1, 1024 // N)):  # 1,024 sequences fit a GPU of 12 GB
-        ids, mask = (x.to(clipbert.DEVICE).repeat(N, 1) for x in text)  # (N*C, Lt): all captions for clip 1, ...
-        with clipbert.autocast(s):
-            logits = model.classify(grid, ids, mask).view(N, len(places), 2)
+    """Yield places (C,), probabilities (C,) of the captions in `rows`; grid (N, h, w, d) of a video.
+
+    Captions of like length go together, so that little is computed for padding.
+    """
+    N, grid = len(grid), grid[:, None].to(clipbert.DEVICE)  # (N, 1, h, w, d): N videos of one frame
+    lengths = tokens["attention_mask"].sum(1)
+    in_order = rows[lengths[rows].argsort()]
+    for places in in_order.split(max(1, 1024 // N)):  # 1,024 sequences fit a GPU of 12 GB
+        text = (tokens[key][places, : lengths[places].max()].repeat(N, 1).to(clipbert.DEVICE)
+                for key in ("input_ids", "attention_mask"))  # fmt: skip
+        with clipbert.autocast(s):  # (N*C, 2): all captions for clip 1, all for clip 2, ...
+            logits = model.classify(grid, *text).view(N, len(places), 2)
         yield places, clipbert.match_score(clipbert.aggregate_clips(logits.double(), s.agg)).cpu()
 
 
-def caption_batches(tokens, rows, size):
-    """The captions in `rows`: their places (C,), ids and mask (C, Lt); like lengths together: little padding."""
-    lengths = tokens["attention_mask"].sum(1)
-    for places in rows[lengths[rows].argsort()].split(size):
-        longest = lengths[places].max()
-        yield places, tokens["input_ids"][places, :longest], tokens["attention_mask"][places, :longest]
-
-
 def retrieval_metrics(scores, video_of_caption):
-    """R@1/5/10, median and mean rank, both ways. scores (captions, videos); video_of_caption: a column per caption.
+    """R@1/5/10, median and mean rank, both ways (paper, section 4: text-to-video retrieval).
 
-    Exact ties share their mean position: a model that scores everything alike gets the rank of chance, not 1. A video
-    with several captions is found by any of them: its best-ranked one counts.
+    scores (captions, videos); video_of_caption: the column of each caption's own video.
+    Exact ties share their mean position: a model that scores everything alike gets the rank of
+    chance, not 1. A video with several captions is found by any of them: its best-ranked one
+    counts.
     """
     columns = torch.as_tensor(video_of_caption)
     own = scores.gather(1, columns[:, None])  # (captions, 1)
@@ -451,23 +513,28 @@ def retrieval_metrics(scores, video_of_caption):
         mine = scores[columns == column, column]
         others = scores[columns != column, column]  # its own other captions do not compete
         if len(mine):
-            ranks.append(ranks_of(mine.max().view(1, 1), torch.cat([mine.max()[None], others])[None]))
+            best = mine.max()[None]
+            ranks.append(ranks_of(best[None], torch.cat([best, others])[None]))
     return {"text_to_video": recalls(by_caption), "video_to_text": recalls(torch.cat(ranks))}
 
 
 def ranks_of(own, scores):
-    """1 + how many score higher + half of how many others score the same. own (n, 1), scores (n, m) -> (n,)."""
+    """1 + how many score higher + half of how many others score the same.
+
+    own (n, 1), scores (n, m), own ones among them -> (n,).
+    """
     return 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
 
 
 def recalls(ranks):
-    """R@k, the percentage of ranks up to k; and the median and the mean rank, the lower the better."""
+    """R@k, the percentage of ranks up to k; the median and the mean rank, the lower the better."""
     found = {f"r{k}": mean((100.0 * (ranks <= k)).tolist()) for k in (1, 5, 10)}
     return found | {"median_rank": float(np.median(ranks)), "mean_rank": mean(ranks.tolist())}
 
 
 ########################################################################################################################
-# Here the paper's part ends. What follows puts it to use: reports, the three things this script does, pictures.
+# Here the paper's part ends. What follows puts it to use: reports, the three things this script
+# does, pictures.
 ########################################################################################################################
 
 

@@ -1,18 +1,18 @@
-"""Pretrain ClipBERT on captioned images (paper, section 3): masked language modelling, image-text matching.
+"""Pretrain ClipBERT on captioned images: masked words, image-text matching (paper, section 3).
 
-    python pretrain.py                                            the toy photos: minutes on a laptop CPU
-    python finetune.py --task tgif_qa --init runs/pretrain/last.pt          ... and what it is good for
-    python pretrain.py --data coco vg --model base                the paper's: COCO captions and Visual Genome regions
-    python pretrain.py --data msrvtt --frames 2 --fps 2           captioned videos: the same loop, one clip per video
+    python pretrain.py                                            toy photos: minutes on a CPU
+    python finetune.py --task tgif_qa --init runs/pretrain/last.pt    ... and what it is good for
+    python pretrain.py --data coco vg --model base                the paper's: COCO, Visual Genome
+    python pretrain.py --data msrvtt --frames 2 --fps 2           videos: one clip of each
     python pretrain.py --data DIR --eval runs/pretrain/last.pt    only evaluate
     python pretrain.py --resume                                   go on after an interruption
-    torchrun --nproc_per_node=8 pretrain.py --data coco vg --model base     the paper's eight GPUs
+    torchrun --nproc_per_node=8 pretrain.py --data coco vg --model base    the paper's eight GPUs
 
-DIR holds COCO's captions_*.json, Visual Genome's region_descriptions.json, MSRVTT's json, or any .csv or .jsonl with
-the columns path and caption, and the images or videos. Validation captions are those of a val file there; without one,
-a tenth of the images is held out. A run writes to a folder of its own, runs/pretrain/ if that is free: config.json,
-log.jsonl (a line a step or evaluation), last.pt and the one before it, previous.pt, best.pt (lowest validation loss)
-and metrics.json.
+DIR holds COCO's captions_*.json, Visual Genome's region_descriptions.json, MSRVTT's json, or any
+.csv or .jsonl with the columns path and caption, and the images or videos. Validation captions are
+those of a val file there; without one, a tenth of the images is held out. A run writes to a folder
+of its own, runs/pretrain/ if that is free: config.json, log.jsonl (a line a step or evaluation),
+last.pt and the one before it, previous.pt, best.pt (lowest validation loss) and metrics.json.
 
 Read it from `run_training` on: settings -> data -> model -> loop -> evaluation.
 """
@@ -36,27 +36,39 @@ from clipbert import setting
 
 @dataclass
 class Settings(clipbert.Settings):
-    """The reference's hyper-parameters: 32 images x 2 captions a batch and GPU, two batches to an update, eight GPUs."""
+    """The reference's numbers, of a GPU; it has eight: 32 images x 2 captions a batch, two batches
+    to an update."""
 
     task: str = setting("pretrain", "the name of what this script does", choices=["pretrain"])
     size: int = setting(768, "L, pixels", low=16, high=64 * clipbert.VisualEmbedding.MAX_GRID)
-    keep: int = setting(100, "random grid tokens that a training step keeps, of 144 at L = 768: faster, a regulariser")
-    captions: int = setting(2, "of an image at a time; they share its pass through the CNN", high=1000)
+    keep: int = setting(
+        100,
+        "random grid tokens that a training step keeps, of 144 at L = 768: faster, a regulariser",
+    )
+    captions: int = setting(
+        2, "of an image at a time; they share its pass through the CNN", high=1000
+    )
     batch_size: int = setting(32, "images at a time, on each GPU")
-    epochs: int = setting(40, "each shows every caption once: with COCO and VG 6,000 updates of eight GPUs")
+    epochs: int = setting(
+        40, "each shows every caption once: with COCO and VG 6,000 updates of eight GPUs"
+    )
     eval_every: int = setting(None, "steps from one evaluation to the next (default: an epoch)")
     mask_rate: float = setting(0.15, "the share of words that are masked", low=0.001, high=1)
-    mlm_over: str = setting("masked", "average the MLM loss over masked tokens, or all", choices=["masked", "all"])
+    mlm_over: str = setting(
+        "masked", "average the MLM loss over masked tokens, or all", choices=["masked", "all"]
+    )
 
 
-# What the tiny model changes. From random weights ITM stays at ln(2) for hundreds of steps, the longer, the more MLM
-# weighs: its large, easy gains (which word follows which, without looking) teach attention to leave the picture alone.
-# Hence the reference's average over all positions, that is, a small weight, and a low learning rate.
-# No toy caption has more than 9 tokens, so text_length, by which that average divides, is theirs; a photo has 6.
+# What the tiny model changes. From random weights ITM stays at ln(2) for hundreds of steps, the
+# longer, the more MLM weighs: its large, easy gains (which word follows which, without looking)
+# teach attention to leave the picture alone. Hence the reference's average over all positions, that
+# is, a small weight, and a low learning rate. No toy caption has more than 9 tokens, so
+# text_length, by which that average divides, is theirs; a photo has 6.
 TINY = {"size": 64, "captions": 6, "text_length": 9, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200,
         "eval_every": 400, "mlm_over": "all"}  # fmt: skip
 
-MOST_VALIDATION = 2000  # images of a folder: all of COCO's would be more forward passes than the training between
+# Images of a folder: all of COCO's would be more forward passes than the training between.
+MOST_VALIDATION = 2000
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,7 +77,9 @@ MOST_VALIDATION = 2000  # images of a folder: all of COCO's would be more forwar
 
 def run_training(given):
     """Pretrain, then evaluate the last weights on the validation images."""
-    s, start, stopped = clipbert.begin(Settings, given, "pretrain", lambda model: TINY if model == "tiny" else {})
+    s, start, stopped = clipbert.begin(
+        Settings, given, "pretrain", lambda model: TINY if model == "tiny" else {}
+    )
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
         examples, val = load_examples(s)
@@ -73,12 +87,16 @@ def run_training(given):
     data.check_cached(examples + val, s)
     model = clipbert.use_machine(s, model)
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
-    training = clipbert.Training(s, model, len(examples), stopped, task="pretrain", vocabulary=vocabulary)
-    print(f"{len(examples):,} groups of {s.captions} captions for training, {len(val):,} for validation")
+    training = clipbert.Training(
+        s, model, len(examples), stopped, task="pretrain", vocabulary=vocabulary
+    )
+    print(f"{len(examples):,} groups of {s.captions} captions for training, {len(val):,} for "
+          "validation")  # fmt: skip
     print(training.summary("groups"))
     with training:
         train(s, model, collate, training, examples, val)
-    report(s, training.out, "", val, *evaluate(s, model, collate, val), time.time() - training.began)
+    results = evaluate(s, model, collate, val)
+    report(s, training.out, "", val, *results, time.time() - training.began)
     if not s.data:
         print(f"\nNext: python finetune.py --task tgif_qa --init {training.out / 'last.pt'}")
 
@@ -88,12 +106,15 @@ def train(s, model, collate, training, examples, val):
 
         loss = L_MLM + L_ITM        (paper, section 3: pretraining)
 
-    Which images, captions and masks it sees depends on the seed and the step alone; the grid tokens that are kept, and
-    dropout, on torch's random state, which checkpoints hold: a resumed run repeats the uninterrupted one.
+    Which images, captions and masks it sees depends on the seed and the step alone; the grid tokens
+    that are kept, and dropout, on torch's random state, which checkpoints hold: a resumed run
+    repeats the uninterrupted one.
     """
     draw = data.CaptionDraw(examples, s.captions)
     dataset = data.ClipDataset(examples, s, n_clips=1, train=True, draw=draw)
-    order = data.training_order(len(examples), s.batch_size, training.n_batches, s.seed, training.first_batch)
+    order = data.training_order(
+        len(examples), s.batch_size, training.n_batches, s.seed, training.first_batch
+    )
     own = islice(order, clipbert.RANK, None, clipbert.PROCESSES)
     loader = iter(data.data_loader(dataset, own, collate, s.workers))
     model.train()
@@ -102,12 +123,15 @@ def train(s, model, collate, training, examples, val):
         for batch in training.batches(loader):
             frames = batch["frames"][:, 0]  # (B, T, 3, L, L): the one clip
             with clipbert.autocast(s):
-                mlm, itm = training.forward(frames, batch["input_ids"], batch["attention_mask"], s.keep)
+                mlm, itm = training.forward(
+                    frames, batch["input_ids"], batch["attention_mask"], s.keep
+                )
             mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s.mlm_over, s.text_length)
             itm = clipbert.itm_loss(itm, batch["target"])
             training.backward(mlm + itm)
             totals += torch.stack([mlm, itm]).detach()
-        training.update(step, loss=totals.sum(), mlm=totals[0], itm=totals[1])  # clipbert.Training: AdamW; the log
+        # clipbert.Training: AdamW; the log
+        training.update(step, loss=totals.sum(), mlm=totals[0], itm=totals[1])
         last = step == training.total_steps
         if last or (step % s.eval_every == 0 if s.eval_every else training.ends_epoch(step)):
             metrics, _ = evaluate(s, model, collate, val)
@@ -130,33 +154,43 @@ def load_examples(s):
 
 
 def load_folder(s, folder):
-    """(training, validation) examples of a folder. Without validation captions, a tenth of the images is held out."""
-    train, val = (data.without_missing(data.read_examples("pretrain", [folder], split), split, folder, s.allow_missing)
-                  for split in ("train", "val"))  # fmt: skip
+    """(training, validation) examples; without validation captions, of a tenth of the images."""
+    train, val = (
+        data.without_missing(
+            data.read_examples("pretrain", [folder], split), split, folder, s.allow_missing
+        )
+        for split in ("train", "val")
+    )
     images = list({example.video: None for example in val or train})
     if not val:
-        random.Random(0).shuffle(images)  # whatever --seed is: a checkpoint is never judged on what it has seen
+        # whatever --seed is: a checkpoint is never judged on what it has seen
+        random.Random(0).shuffle(images)
         images = images[: -(-len(images) // 10)]
-        print(f"{folder}: no validation captions, so {len(images[:MOST_VALIDATION]):,} images are held out")
-        val, train = ([e for e in train if (e.video in set(images)) == held] for held in (True, False))
+        print(f"{folder}: no validation captions, so {len(images[:MOST_VALIDATION]):,} images are "
+              "held out")  # fmt: skip
+        val, train = (
+            [e for e in train if (e.video in set(images)) == held] for held in (True, False)
+        )
     kept = set(images[: min(s.limit or MOST_VALIDATION, MOST_VALIDATION)])
     seen = set(list({example.video: None for example in train})[: s.limit])
     train, val = [e for e in train if e.video in seen], [e for e in val if e.video in kept]
     if not train or len(kept) < 2:
-        raise data.DataError(f"{folder}: {len(seen)} training and {len(kept)} validation images are too few: put more "
-                             "captioned images there")  # fmt: skip
+        raise data.DataError(f"{folder}: {len(seen)} training and {len(kept)} validation images are "
+                             "too few: put more captioned images there")  # fmt: skip
     return train, val
 
 
 def new_model(s, state, examples):
     """-> (model, vocabulary); state: the checkpoint of --init, or None.
 
-    A tiny model's words: of the captions, and, of the toy data, of all toy questions, which fine-tuning will need.
+    A tiny model's words: of the captions, and, of the toy data, of all toy questions, which
+    fine-tuning will need.
     """
     texts = [text for example in examples for text in example.captions]
     model, vocabulary = clipbert.start_model(
         clipbert.ClipBertForPreTraining, s, state,
-        lambda: data.vocabulary_from_text(texts + ([] if s.data else data.toy_texts(data.toy_data()))),
+        lambda: data.vocabulary_from_text(
+            texts + ([] if s.data else data.toy_texts(data.toy_data()))),
         lambda: data.read_vocabulary(s.bert),
     )  # fmt: skip
     clipbert.check_size(s, model.cfg)
@@ -166,7 +200,9 @@ def new_model(s, state, examples):
 def load_model(s, state):
     """-> (model, vocabulary) of one of our pretraining checkpoints."""
     if state["task"] != "pretrain":
-        raise ValueError(f"{s.eval or s.out}: not a checkpoint of pretrain.py; start from it with --init")
+        raise ValueError(
+            f"{s.eval or s.out}: not a checkpoint of pretrain.py; start from it with --init"
+        )
     model = clipbert.ClipBertForPreTraining(clipbert.config_from(state))
     model.load_state_dict(state["model"])
     clipbert.check_size(s, model.cfg)
@@ -179,11 +215,18 @@ def load_model(s, state):
 
 @torch.no_grad()
 def evaluate(s, model, collate, val):
-    """Accuracies in percent, mean losses (MLM's over masked tokens, always), and what could not be read."""
+    """-> (accuracies in percent, mean losses and counts, what could not be read).
+
+    Each caption is once in the val groups. MLM's loss is over the masked tokens, always.
+    """
     model.eval()
-    dataset = data.ClipDataset(val, replace(s, seed=0), n_clips=1, train=False, draw=data.CaptionDraw(val, s.captions))
-    own = data.ordered_batches(len(val), s.batch_size)[clipbert.RANK :: clipbert.PROCESSES]  # each process its share
-    words, texts, errors = [], [], []  # (right, loss, of a matching caption) of each masked word; the same of each text
+    dataset = data.ClipDataset(
+        val, replace(s, seed=0), n_clips=1, train=False, draw=data.CaptionDraw(val, s.captions)
+    )
+    # each process its share
+    own = data.ordered_batches(len(val), s.batch_size)[clipbert.RANK :: clipbert.PROCESSES]
+    # (right, loss, of a matching caption) of each masked word; the same of each text
+    words, texts, errors = [], [], []
     for batch in data.data_loader(dataset, own, collate, s.workers):
         batch = clipbert.to_device(batch)
         with clipbert.autocast(s):
@@ -203,7 +246,7 @@ def evaluate(s, model, collate, val):
 
 
 def judge(scores, labels, match):
-    """(right, loss, match) of each row of scores (n, classes), labels (n,), match (n,) -> (n, 3), on the CPU."""
+    """scores (n, classes), labels (n,), match (n,) -> (n, 3) on the CPU: right, loss, match."""
     losses = torch.nn.functional.cross_entropy(scores.float(), labels, reduction="none")
     return torch.stack([scores.argmax(1) == labels, losses, match], dim=1).double().cpu()
 
@@ -219,22 +262,27 @@ def run_evaluation(given):
     model, vocabulary = load_model(s, state)
     model, began = clipbert.use_machine(s, model), time.time()
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
-    report(s, Path(s.out), clipbert.evaluated(s, "val"), val, *evaluate(s, model, collate, val), time.time() - began)
+    results, ending = evaluate(s, model, collate, val), clipbert.evaluated(s, "val")
+    report(s, Path(s.out), ending, val, *results, time.time() - began)
 
 
 def report(s, folder, ending, val, metrics, errors, seconds):
     """Write metrics.json (--eval: with an ending to its name); print the table."""
     images = len({example.video for example in val})
-    everything = {"task": "pretrain", "data": [str(x) for x in s.data] if s.data else "toy", "split": "val",
-                  "examples": images, "chance": 50.0, "seconds": round(seconds, 1), "blind": s.blind,
-                  "unreadable": len(errors), **metrics}  # fmt: skip
+    everything = {
+        "task": "pretrain", "data": [str(x) for x in s.data] if s.data else "toy", "split": "val",
+        "examples": images, "chance": 50.0, "seconds": round(seconds, 1), "blind": s.blind,
+        "unreadable": len(errors), **metrics,
+    }  # fmt: skip
     clipbert.write_file(folder / f"metrics{ending}.json", json.dumps(everything, indent=2) + "\n")
-    print(f"\npretraining, {images:,} validation images, {metrics['captions']:,} captions, {metrics['matched']:,} of "
-          f"them the image's own, {metrics['masked_words']:,} masked tokens{', blind' if s.blind else ''}")
+    print(f"\npretraining, {images:,} validation images, {metrics['captions']:,} captions, "
+          f"{metrics['matched']:,} of them the image's own, {metrics['masked_words']:,} masked tokens"
+          f"{', blind' if s.blind else ''}")  # fmt: skip
     print(f"{'':28}{'accuracy':>10}{'loss':>10}")
-    print(f"{'masked language modelling':28}{metrics['mlm_accuracy']:10.2f}{metrics['mlm_loss']:10.4f}")
-    print(f"{'  in matching captions':28}{metrics['mlm_accuracy_matched']:10.2f}")
-    print(f"{'image-text matching':28}{metrics['itm_accuracy']:10.2f}{metrics['itm_loss']:10.4f}")
+    for name, key in (("masked language modelling", "mlm"), ("image-text matching", "itm")):
+        print(f"{name:28}{metrics[f'{key}_accuracy']:10.2f}{metrics[f'{key}_loss']:10.4f}")
+        if key == "mlm":  # the others are about other images: there the words alone must do
+            print(f"{'  in matching captions':28}{metrics['mlm_accuracy_matched']:10.2f}")
     clipbert.list_unreadable(errors, "seen as black in evaluation")
 
 

@@ -94,7 +94,7 @@ def test_task_trains_evaluates_and_leaves_its_files(kind, toy_tgif_qa, tmp_path)
     shutil.copytree(toy_tgif_qa, tmp_path / "toy", ignore=only_test)
     before = (out / "metrics.json").read_bytes()
     run(finetune, "--task", task, "--data", tmp_path / "toy", "--eval", out / "best.pt", "--workers", 0)
-    again = metrics(out, f"-{task}-test-toy")  # beside the checkpoint, and nothing is lost there
+    again = metrics(out, f"-best-{task}-test-toy")  # beside the checkpoint, and nothing is lost there
     assert (again["by_clips"], again["chance"]) == (said["by_clips"], said["chance"])
     assert (out / "metrics.json").read_bytes() == before
 
@@ -138,7 +138,7 @@ def test_init_from_a_lighter_backbone_remembers_it(toy_tgif_qa, tmp_path, monkey
     state = clipbert.load_checkpoint(out / "best.pt")
     assert state["config"]["backbone"] == "resnet18" and "cnn.resnet.layer4.1.conv2.weight" in state["model"]
     run(finetune, "--data", toy_tgif_qa, "--eval", out / "best.pt", "--out", tmp_path)
-    assert metrics(tmp_path, "-tgif_qa_action-test-tgif_qa")["by_clips"] == first["by_clips"]
+    assert metrics(tmp_path, "-best-tgif_qa_action-test-tgif_qa")["by_clips"] == first["by_clips"]
     flags = ("--data", toy_tgif_qa, "--init", out / "best.pt", "--model", "base", "--backbone", "resnet50")
     assert "best.pt: a checkpoint of resnet18; leave out --backbone resnet50" in failing(capsys, finetune, *flags)
 

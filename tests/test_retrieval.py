@@ -98,13 +98,15 @@ def test_evaluation_in_two_stages_scores_the_best_in_full_and_ranks_all_others_b
     assert finetune.evaluate(job.s, job.model, job.collate, job.examples, [1, 4])[0] == by_clips
 
 
-def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy_msrvtt):
-    texts = ["the star", "the star does jump before spin", "star", "the star does jump"] * 3
-    tokens = Job(toy_msrvtt).collate.tokenizer(texts, padding=True, return_tensors="pt")
-    batches = list(finetune.caption_batches(tokens, torch.arange(1, 12), 4))
-    assert sorted(row.item() for rows, _, _ in batches for row in rows) == list(range(1, 12))
-    assert all(torch.equal(tokens["input_ids"][rows, : ids.shape[1]], ids) for rows, ids, _ in batches)
-    assert all(mask.sum(1).max() == mask.shape[1] <= mask.sum(1).min() + 4 for _, _, mask in batches)
+def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy_msrvtt, monkeypatch):
+    texts = ["the star", "the star does jump before spin", "star", "the star does jump"] * 400
+    job, masks = Job(toy_msrvtt), []
+    tokens = job.collate.tokenizer(texts, padding=True, return_tensors="pt")
+    monkeypatch.setattr(job.model, "classify", lambda grid, ids, mask: masks.append(mask) or torch.zeros(len(ids), 2))
+    scored = finetune.score_captions(job.s, job.model, tokens, torch.arange(1, 1600), torch.zeros(2, 4, 4, 96))
+    assert sorted(row.item() for rows, _ in scored for row in rows) == list(range(1, 1600))
+    assert all(len(mask) <= 1024 and mask.sum(1).max() == mask.shape[1] for mask in masks)
+    assert sum(mask.numel() for mask in masks) < 1.2 * sum(mask.sum() for mask in masks)
 
 
 def test_precision_of_grids_is_that_of_the_computation_and_of_scores_more(toy_msrvtt):
