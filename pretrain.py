@@ -41,22 +41,15 @@ class Settings(clipbert.Settings):
 
     task: str = setting("pretrain", "the name of what this script does", choices=["pretrain"])
     size: int = setting(768, "L, pixels", low=16, high=64 * clipbert.VisualEmbedding.MAX_GRID)
-    keep: int = setting(
-        100,
-        "random grid tokens that a training step keeps, of 144 at L = 768: faster, a regulariser",
-    )
-    captions: int = setting(
-        2, "of an image at a time; they share its pass through the CNN", high=1000
-    )
+    # The paper's "pixel random sampling": faster, and a regulariser.
+    keep: int = setting(100, "random grid tokens that a training step keeps, of 144 at L = 768")
+    captions: int = setting(2, "of an image at a time, for one pass through the CNN", high=1000)
     batch_size: int = setting(32, "images at a time, on each GPU")
-    epochs: int = setting(
-        40, "each shows every caption once: with COCO and VG 6,000 updates of eight GPUs"
-    )
+    epochs: int = setting(40, "each shows every caption once; COCO, VG, eight GPUs: 6,000 updates")
     eval_every: int = setting(None, "steps from one evaluation to the next (default: an epoch)")
     mask_rate: float = setting(0.15, "the share of words that are masked", low=0.001, high=1)
-    mlm_over: str = setting(
-        "masked", "average the MLM loss over masked tokens, or all", choices=["masked", "all"]
-    )
+    mlm_over: str = setting("masked", "what the MLM loss is averaged over: masked tokens, or all",
+                            choices=["masked", "all"])  # fmt: skip
 
 
 # What the tiny model changes. From random weights ITM stays at ln(2) for hundreds of steps, the
@@ -77,9 +70,8 @@ MOST_VALIDATION = 2000
 
 def run_training(given):
     """Pretrain, then evaluate the last weights on the validation images."""
-    s, start, stopped = clipbert.begin(
-        Settings, given, "pretrain", lambda model: TINY if model == "tiny" else {}
-    )
+    changes = {"tiny": TINY, "base": {}}  # the defaults are the paper's
+    s, start, stopped = clipbert.begin(Settings, given, "pretrain", changes.get)
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
         examples, val = load_examples(s)
@@ -122,16 +114,15 @@ def train(s, model, collate, training, examples, val):
         totals = torch.zeros(2, device=clipbert.DEVICE)
         for batch in training.batches(loader):
             frames = batch["frames"][:, 0]  # (B, T, 3, L, L): the one clip
+            text = batch["input_ids"], batch["attention_mask"]  # (B*n, Lt): n captions an image
             with clipbert.autocast(s):
-                mlm, itm = training.forward(
-                    frames, batch["input_ids"], batch["attention_mask"], s.keep
-                )
+                mlm, itm = training.forward(frames, *text, s.keep)
             mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s.mlm_over, s.text_length)
             itm = clipbert.itm_loss(itm, batch["target"])
             training.backward(mlm + itm)
             totals += torch.stack([mlm, itm]).detach()
-        # clipbert.Training: AdamW; the log
         training.update(step, loss=totals.sum(), mlm=totals[0], itm=totals[1])
+        # best.pt is the one of the lowest loss on the validation images, both losses together.
         last = step == training.total_steps
         if last or (step % s.eval_every == 0 if s.eval_every else training.ends_epoch(step)):
             metrics, _ = evaluate(s, model, collate, val)
@@ -154,16 +145,18 @@ def load_examples(s):
 
 
 def load_folder(s, folder):
-    """(training, validation) examples; without validation captions, of a tenth of the images."""
-    train, val = (
-        data.without_missing(
-            data.read_examples("pretrain", [folder], split), split, folder, s.allow_missing
-        )
-        for split in ("train", "val")
-    )
+    """(training, validation) examples, a caption each.
+
+    Without validation captions a tenth of the images is held out, with all that is said of them: a
+    caption of an image that was seen in training would be no test.
+    """
+    train, val = (data.read_examples("pretrain", [folder], split) for split in ("train", "val"))
+    train = data.without_missing(train, "train", folder, s.allow_missing)
+    val = data.without_missing(val, "val", folder, s.allow_missing)
     images = list({example.video: None for example in val or train})
     if not val:
-        # whatever --seed is: a checkpoint is never judged on what it has seen
+        # Seed 0, whatever --seed is: --eval with another seed would hold out other images, on which
+        # the checkpoint may have been trained.
         random.Random(0).shuffle(images)
         images = images[: -(-len(images) // 10)]
         print(f"{folder}: no validation captions, so {len(images[:MOST_VALIDATION]):,} images are "
@@ -175,8 +168,8 @@ def load_folder(s, folder):
     seen = set(list({example.video: None for example in train})[: s.limit])
     train, val = [e for e in train if e.video in seen], [e for e in val if e.video in kept]
     if not train or len(kept) < 2:
-        raise data.DataError(f"{folder}: {len(seen)} training and {len(kept)} validation images are "
-                             "too few: put more captioned images there")  # fmt: skip
+        raise data.DataError(f"{folder}: {len(seen)} training and {len(kept)} validation images "
+                             "are too few: put more captioned images there")  # fmt: skip
     return train, val
 
 
@@ -200,9 +193,8 @@ def new_model(s, state, examples):
 def load_model(s, state):
     """-> (model, vocabulary) of one of our pretraining checkpoints."""
     if state["task"] != "pretrain":
-        raise ValueError(
-            f"{s.eval or s.out}: not a checkpoint of pretrain.py; start from it with --init"
-        )
+        raise ValueError(f"{s.eval or s.out}: not a checkpoint of pretrain.py; start from it with "
+                         "--init")  # fmt: skip
     model = clipbert.ClipBertForPreTraining(clipbert.config_from(state))
     model.load_state_dict(state["model"])
     clipbert.check_size(s, model.cfg)
@@ -220,13 +212,12 @@ def evaluate(s, model, collate, val):
     Each caption is once in the val groups. MLM's loss is over the masked tokens, always.
     """
     model.eval()
-    dataset = data.ClipDataset(
-        val, replace(s, seed=0), n_clips=1, train=False, draw=data.CaptionDraw(val, s.captions)
-    )
-    # each process its share
+    draw = data.CaptionDraw(val, s.captions)
+    dataset = data.ClipDataset(val, replace(s, seed=0), n_clips=1, train=False, draw=draw)
     own = data.ordered_batches(len(val), s.batch_size)[clipbert.RANK :: clipbert.PROCESSES]
-    # (right, loss, of a matching caption) of each masked word; the same of each text
-    words, texts, errors = [], [], []
+    # Of each masked word, and of each text: right, loss, matching (see judge). A process may have
+    # no batch at all: hence a beginning without rows.
+    words, texts, errors = [torch.zeros(0, 3)], [torch.zeros(0, 3)], []
     for batch in data.data_loader(dataset, own, collate, s.workers):
         batch = clipbert.to_device(batch)
         with clipbert.autocast(s):
@@ -252,6 +243,7 @@ def judge(scores, labels, match):
 
 
 def mean(values):
+    """Of a tensor; 0 of an empty one, where no word was masked."""
     return round(values.mean().item(), 4) if len(values) else 0.0
 
 
@@ -276,8 +268,8 @@ def report(s, folder, ending, val, metrics, errors, seconds):
     }  # fmt: skip
     clipbert.write_file(folder / f"metrics{ending}.json", json.dumps(everything, indent=2) + "\n")
     print(f"\npretraining, {images:,} validation images, {metrics['captions']:,} captions, "
-          f"{metrics['matched']:,} of them the image's own, {metrics['masked_words']:,} masked tokens"
-          f"{', blind' if s.blind else ''}")  # fmt: skip
+          f"{metrics['matched']:,} of them the image's own, {metrics['masked_words']:,} masked "
+          f"tokens{', blind' if s.blind else ''}")  # fmt: skip
     print(f"{'':28}{'accuracy':>10}{'loss':>10}")
     for name, key in (("masked language modelling", "mlm"), ("image-text matching", "itm")):
         print(f"{name:28}{metrics[f'{key}_accuracy']:10.2f}{metrics[f'{key}_loss']:10.4f}")
