@@ -176,10 +176,8 @@ class GridFeatures(nn.Module):
         needs a gradient.
         """
         x = frames.flatten(0, 1)  # (B*T, 3, L, L): the CNN knows neither clips nor time
-        # the layout that convolutions are fast in
-        x = x.contiguous(memory_format=torch.channels_last)
-        # (B*T, 2048, L/32, L/32); resnet18: 512 channels; tiny: 128, L/8
-        x = self.resnet(self.normalize(x))
+        x = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fast
+        x = self.resnet(self.normalize(x))  # (B*T, 2048, L/32, L/32), of tiny (B*T, 128, L/8, L/8)
         x = self.grid_encoder(x).permute(0, 2, 3, 1)  # (B*T, h, w, d)
         return x.unflatten(0, frames.shape[:2])
 
@@ -286,24 +284,18 @@ class VideoTextEncoder(nn.Module):
         """
         visual = self.visual_embeddings(grid, keep)  # (B, h*w, d)
         if input_ids.shape[0] % visual.shape[0]:
-            raise ValueError(
-                f"{input_ids.shape[0]} texts do not divide among {visual.shape[0]} videos"
-            )
-        # (B*n, h*w, d)
-        visual = visual.repeat_interleave(input_ids.shape[0] // visual.shape[0], dim=0)
-        # (B*n, Lt, d); text type ids are 0, the visual type has its own table
-        text = self.bert.embeddings(input_ids)
-        # Grid cells over the zero border of a padded frame are not masked: the reference attends to
-        # them, too.
-        # the same for all heads, queries
+            raise ValueError(f"{len(input_ids)} texts do not divide among {len(visual)} videos")
+        n = len(input_ids) // len(visual)
+        visual = visual.repeat_interleave(n, dim=0)  # (B*n, h*w, d): for each text of a video
+        # Type ids of text are 0 in BERT's own table; the visual type has a table of its own.
+        text = self.bert.embeddings(input_ids)  # (B*n, Lt, d)
+        # One mask for all heads and queries. Grid cells over the zero border of a padded frame are
+        # not masked: the reference attends to them, too.
         mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]
-        # Added to the attention scores: after the softmax, exactly 0 of the attention goes to
-        # padding.
-        # (B*n, 1, 1, Lt + h*w)
+        # Added to the attention scores: after the softmax, exactly 0 of it goes to padding.
         mask = torch.zeros_like(mask, dtype=text.dtype).masked_fill(mask == 0, -torch.inf)
-        hidden = self.bert.encoder(
-            torch.cat([text, visual], dim=1), attention_mask=mask
-        ).last_hidden_state
+        x = torch.cat([text, visual], dim=1)  # (B*n, Lt + h*w, d)
+        hidden = self.bert.encoder(x, attention_mask=mask).last_hidden_state
         return hidden, self.bert.pooler(hidden)
 
 
@@ -571,7 +563,7 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
 
 
 def setting(default, meaning, **flag):
-    """A field of Settings; flag: what argparse, or (from low to high) data.Parser.numbers, wants to know besides."""
+    """A field of Settings; flag: what argparse or data.Parser.numbers wants to know besides."""
     return field(default=default, metadata={"help": meaning, **flag})
 
 
@@ -579,24 +571,32 @@ def setting(default, meaning, **flag):
 class Settings:
     """What both scripts can be told; theirs add their own. All of it is stored in every checkpoint.
 
-    The order in which a value is decided, the last one wins: the default here; the task's row (the paper's); the tiny
-    model's changes; the checkpoint, with --eval and --resume; the command line.
+    The order in which a value is decided, the last one wins: the default here; the task's row (the
+    paper's); the tiny model's changes; the checkpoint, with --eval and --resume; the command line.
     """
 
     # where
-    data: tuple = setting(None, "folders of the data set (default: the toy data, in toy_data/)", nargs="+",
-                          type=os.path.normpath)  # plain text, so that a resumed run can compare: toy/ is toy
+    data: tuple = setting(None, "folders of the data set (default: the toy data, in toy_data/)",
+                          nargs="+", type=os.path.normpath)  # plain text: toy/ is toy
     out: str = setting(None, "where to write (default: a new folder in runs/)", metavar="DIR")
     overwrite: bool = setting(False, "write into an --out that holds a run, and lose that run")
-    resume: bool = setting(False, "go on from the newest whole checkpoint in --out (default: the newest run)")
+    resume: bool = setting(
+        False, "go on from the newest whole checkpoint in --out (default: the newest run)"
+    )
     eval: str = setting(None, "only evaluate this checkpoint of ours", metavar="CKPT")
     # which model, and what it starts from
     model: str = setting("tiny", "with --init: the checkpoint's", choices=["tiny", "base"])
-    backbone: str = setting("resnet50", "of base: the CNN (the paper's: resnet50)", choices=["resnet50", "resnet18"])
-    init: str = setting(None, "start from this checkpoint, ours or the official one", metavar="CKPT")
-    resnet: str = setting(None, "base: torchvision's weights of it (default: the hub's)", metavar="FILE")
-    bert: str = setting(None, "base: any BERT, a folder or a name of the hub's; it sets the transformer's sizes "
-                        "(default: bert-base-uncased)")  # fmt: skip
+    backbone: str = setting(
+        "resnet50", "of base: the CNN (the paper's: resnet50)", choices=["resnet50", "resnet18"]
+    )
+    init: str = setting(
+        None, "start from this checkpoint, ours or the official one", metavar="CKPT"
+    )
+    resnet: str = setting(
+        None, "base: torchvision's weights of it (default: the hub's)", metavar="FILE"
+    )
+    bert: str = setting(None, "base: any BERT, a folder or a name of the hub's; it sets the "
+                        "transformer's sizes (default: bert-base-uncased)")  # fmt: skip
     scratch: bool = setting(False, "base: start from random weights")
     # what it sees
     size: int = setting(448, "L, pixels", low=16, high=64 * VisualEmbedding.MAX_GRID)
@@ -604,8 +604,12 @@ class Settings:
     frames: int = setting(1, "T, frames of a clip", high=256)
     text_length: int = setting(30, "Lt at most, [CLS] and [SEP] included", low=3, high=512)
     limit: int = setting(None, "use only the first so many examples or images of each split")
-    allow_missing: bool = setting(False, "leave out in training what has no video; in testing it counts as wrong")
-    cache: bool = setting(False, "take frames from the small files that `python data.py cache` wrote")
+    allow_missing: bool = setting(
+        False, "leave out in training what has no video; in testing it counts as wrong"
+    )
+    cache: bool = setting(
+        False, "take frames from the small files that `python data.py cache` wrote"
+    )
     blind: bool = setting(False, "zero all frames: what can be guessed from the text alone?")
     # how it learns
     batch_size: int = setting(16, "videos at a time, on each GPU")
@@ -617,19 +621,23 @@ class Settings:
     clip_grad: float = setting(5.0, "the gradient's largest norm", low=1e-6)
     seed: int = setting(0, "of all that is random", low=0, high=2**32 - 1)
     # on which machine
-    precision: str = setting(None, "default: bf16, fp16 on older GPUs, fp32 on a CPU", choices=["bf16", "fp16", "fp32"])
-    workers: int = setting(None, "processes that read videos (default: one a core of a GPU machine, at most 8; on a "
-                           "CPU a core less than there are, at most 4)", low=0, high=256)  # fmt: skip
+    precision: str = setting(
+        None, "default: bf16, fp16 on older GPUs, fp32 on a CPU", choices=["bf16", "fp16", "fp32"]
+    )
+    workers: int = setting(None, "processes that read videos (default: one a core of a GPU "
+                           "machine, at most 8; on a CPU a core less than there are, at most 4)",
+                           low=0, high=256)  # fmt: skip
     save_every: int = setting(500, "steps between checkpoints")
     debug: bool = setting(False, "show the traceback of an error")
 
 
-# What a resumed run may be told anew: how long, where, and how this machine computes. All else is the checkpoint's.
+# What a resumed run may be told anew: how long, where, and how this machine computes. All else is
+# the checkpoint's.
 RESUMABLE = {"resume", "epochs", "max_steps", "out", "workers", "save_every", "precision", "debug"}
 
 
 def parse_flags(parser, settings, arguments=None):
-    """The values that the command line gives, {name: value}; a flag for each field of `settings`, a dataclass."""
+    """What the command line gives, {name: value}; a flag for each field of the dataclass."""
     for f in fields(settings):
         how = dict(f.metadata, default=argparse.SUPPRESS)
         if f.default not in (None, False):
@@ -641,17 +649,20 @@ def parse_flags(parser, settings, arguments=None):
         else:
             parser.add_argument(f"--{f.name}", **how)
     given = vars(parser.parse_args(arguments))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}  # as defaults are
+    # argparse makes lists, which compare as equal to no default and to no stored setting
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if sum(name in given for name in ("init", "resume", "eval")) > 1:
         parser.error("--init, --resume and --eval exclude each other; choose one")
     if given.get("model") != "base" and not {"resume", "eval"} & given.keys():
-        for name in {"backbone", "resnet", "scratch", "bert"} & given.keys() - ({"bert"} if "init" in given else set()):
+        # --init CKPT --bert DIR: the official weights want a vocabulary
+        of_base = {"backbone", "resnet", "scratch"} | (set() if "init" in given else {"bert"})
+        for name in of_base & given.keys():
             parser.error(f"--{name} is for --model base; add that, or leave it out")
     return given
 
 
 def settle(settings, row, given):
-    """An object of the dataclass `settings`: its defaults, changed by the row, then by the flags."""
+    """An object of the dataclass `settings`: its defaults, over them the row, then the flags."""
     if "epochs" in given:
         row = row | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
     return settings(**row | given)
@@ -661,16 +672,19 @@ def check_size(s, cfg):
     """Whether the model's grid has a place for every cell of such frames."""
     largest = VisualEmbedding.MAX_GRID * cfg.stride
     if not cfg.stride <= s.size <= largest:
-        raise ValueError(f"--size {s.size}: this model's grid takes {cfg.stride} to {largest} pixels")
+        raise ValueError(
+            f"--size {s.size}: this model's grid takes {cfg.stride} to {largest} pixels"
+        )
     if s.text_length > cfg.positions:
         raise ValueError(f"--text_length {s.text_length}: this BERT has {cfg.positions} positions")
 
 
 def new_folder(s, name):
-    """Where a new run writes: s.out, if it holds no run; without --out the next free one of runs/NAME, NAME-2, ...
+    """Where a new run writes: s.out, or the next free one of runs/NAME, runs/NAME-2, ...
 
     Nothing of a user's is ever overwritten in silence.
     """
+
     def holds_run(folder):
         return any((Path(folder) / file).exists() for file in ("config.json", "last.pt", "best.pt"))
 
@@ -680,7 +694,10 @@ def new_folder(s, name):
         s.out = next(out for out in names if not holds_run(out))
         print(f"writing to {s.out}")
     elif holds_run(s.out) and not s.overwrite:
-        raise ValueError(f"{s.out}: holds a run; choose another --out, go on with --resume, or lose it by --overwrite")
+        raise ValueError(
+            f"{s.out}: holds a run; choose another --out, go on with --resume, or lose it by "
+            "--overwrite"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -688,24 +705,28 @@ def new_folder(s, name):
 
 
 def copy_weights(model, tensors):
-    """Copy {name: tensor} into the model, checking every shape. -> a report: lists of names by what became of them.
+    """Copy {name: tensor} into the model. -> a report: the names by what became of them.
 
-    loaded; missing: in the model only, keep their initial values; unexpected: in the file only; mismatched: of another
-    shape. ValueError if not one tensor fits.
+    loaded; missing: in the model only, keep their initial values; unexpected: in the file only;
+    mismatched: of another shape. ValueError if not one tensor fits.
     """
     own = model.state_dict(keep_vars=True)
-    report = {"loaded": [], "missing": [name for name in own if name not in tensors], "unexpected": [], "mismatched": []}
+    report = {"loaded": [], "missing": [name for name in own if name not in tensors],
+              "unexpected": [], "mismatched": []}  # fmt: skip
     with torch.no_grad():
         for name, value in tensors.items():
             if name not in own:
                 report["unexpected"].append(name)
             elif own[name].shape != value.shape:
-                report["mismatched"].append(f"{name} {tuple(value.shape)}, here {tuple(own[name].shape)}")
+                shapes = f"{tuple(value.shape)}, here {tuple(own[name].shape)}"
+                report["mismatched"].append(f"{name} {shapes}")
             else:
                 own[name].copy_(value)
                 report["loaded"].append(name)
     if not report["loaded"]:
-        raise ValueError(f"no tensor of this file fits the model (the file has {', '.join(list(tensors)[:3])} ...)")
+        raise ValueError(
+            f"no tensor of this file fits the model (it has {', '.join(list(tensors)[:3])} ...)"
+        )
     return report
 
 
@@ -719,7 +740,7 @@ def describe(report):
 
 
 def official_name(name):
-    """A key of the official checkpoint -> the name in this model; None for leftovers that its forward never used."""
+    """A key of the official checkpoint -> the name here; None: its own forward never used it."""
     if name.startswith(("cnn.feature.proposal_generator.", "cnn.feature.roi_heads.")):
         return None  # detectron2's region proposals and detection heads
     if name == "transformer.bert.visual_embeddings.position_embeddings.weight":
@@ -727,51 +748,58 @@ def official_name(name):
     if name.startswith("cnn.feature.backbone."):
         return "cnn.resnet." + detectron2_name(name.removeprefix("cnn.feature.backbone."))
     name = name.replace("transformer.bert.visual_embeddings.", "visual_embeddings.")
-    return name.removeprefix("transformer.")  # bert.*, classifier.*, cls.*; cnn.grid_encoder.* keeps its name
+    # bert.*, classifier.*, cls.*; cnn.grid_encoder.* keeps its name
+    return name.removeprefix("transformer.")
 
 
 def detectron2_name(name):
     """detectron2's names of a ResNet's weights -> torchvision's; others stay."""
-    for old, new in (("stem.", ""), ("res2.", "layer1."), ("res3.", "layer2."), ("res4.", "layer3."),
-                     ("res5.", "layer4."), ("shortcut.norm.", "downsample.1."), ("shortcut.", "downsample.0."),
-                     ("conv1.norm.", "bn1."), ("conv2.norm.", "bn2."), ("conv3.norm.", "bn3.")):  # fmt: skip
+    for old, new in (
+        ("stem.", ""), ("res2.", "layer1."), ("res3.", "layer2."), ("res4.", "layer3."),
+        ("res5.", "layer4."), ("shortcut.norm.", "downsample.1."), ("shortcut.", "downsample.0."),
+        ("conv1.norm.", "bn1."), ("conv2.norm.", "bn2."), ("conv3.norm.", "bn3."),
+    ):  # fmt: skip
         name = name.replace(old, new)
     return name
 
 
 def load_official_checkpoint(model, checkpoint):
-    """Copy the official checkpoint (a flat state dict of 495 keys, or its path) into a model. -> a report, in which
-    "unused" names the known leftovers.
+    """Copy the official checkpoint, a flat state dict of 495 keys or its path, into a model.
 
-    Build the model with `ClipBertConfig.official()`: these weights expect BGR pixels and caffe strides.
+    -> a report, as copy_weights has it; "unused" names the known leftovers. ValueError, if the
+    model was not built with `ClipBertConfig.official()`: these weights expect BGR pixels and caffe
+    strides, and would fit another model, but give wrong features.
     """
     tensors = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     backbone = any(name.startswith("cnn.feature.backbone.") for name in tensors)
     if backbone and not (model.cfg.caffe_strides and model.cfg.bgr):
-        warnings.warn("official weights in a model that was not built with ClipBertConfig.official()", stacklevel=2)
+        raise ValueError("official weights need a model of ClipBertConfig.official()")
     names = {name: official_name(name) for name in tensors}
     report = copy_weights(model, {new: tensors[name] for name, new in names.items() if new})
     return report | {"unused": [name for name, new in names.items() if not new]}
 
 
 def model_name(given, state):
-    """tiny or base: what --model says, or what the checkpoint of --init, ours or the official one, holds."""
+    """tiny or base: what --model says, or what --init's checkpoint, ours or the official, holds."""
     if not state:
         return given.get("model", "tiny")
     backbone = config_from(state).backbone if "config" in state else "resnet50"
     held = {"model": "tiny" if backbone == "tiny" else "base", "backbone": backbone}
     for flag in held.keys() & given.keys():
         if given[flag] != held[flag]:
-            raise ValueError(f"{given['init']}: a checkpoint of {held[flag]}; leave out --{flag} {given[flag]}")
+            raise ValueError(
+                f"{given['init']}: a checkpoint of {held[flag]}; leave out --{flag} {given[flag]}"
+            )
     return held["model"]
 
 
 def start_model(build, s, state, text_vocabulary, bert_vocabulary):
-    """A new model and its vocabulary: from a checkpoint's state (--init), from ImageNet and BERT, or at random.
+    """A new model and its vocabulary: from --init's state, from ImageNet and BERT, or at random.
 
-    build: config -> model. text_vocabulary(), bert_vocabulary(): lists of tokens, made only if they are needed.
+    build: config -> model. text_vocabulary(), bert_vocabulary(): lists of tokens, made only if they
+    are needed.
     """
-    if state and "config" in state:  # one that our training wrote brings its own sizes and vocabulary
+    if state and "config" in state:  # ours brings its own sizes and vocabulary
         model, vocabulary = build(config_from(state)), state["vocabulary"]
         print(f"{s.init}: {describe(copy_weights(model, state['model']))}")
     elif state:  # the official layout
@@ -781,56 +809,62 @@ def start_model(build, s, state, text_vocabulary, bert_vocabulary):
         model, vocabulary = start_pretrained(build, s), bert_vocabulary()
     else:  # random weights: nothing to protect, so nothing is frozen
         vocabulary = text_vocabulary()
-        cfg = replace(ClipBertConfig.base(), backbone=s.backbone) if s.model == "base" else ClipBertConfig.tiny()
+        base = replace(ClipBertConfig.base(), backbone=s.backbone)
+        cfg = base if s.model == "base" else ClipBertConfig.tiny()
         model = build(replace(cfg, vocab_size=len(vocabulary), frozen_stages=0))
     return model, vocabulary
 
 
 def start_pretrained(build, s):
-    """`base()` from an ImageNet ResNet and a BERT, as the paper does before its own pretraining.
+    """`base()` from a ResNet and a BERT, as the paper does before its own pretraining.
 
-    The BERT's config.json sets the transformer's sizes, so that any BERT fits. Its MLM head is taken, too, where it has
-    one and the model a place for it. Of the CNN and of bert.* everything must be there: what is not, stops the run.
+    The BERT's config.json sets the transformer's sizes, so that any BERT fits. Its MLM head is
+    taken, too, where it has one and the model a place for it. Of the CNN and of bert.* everything
+    must be there: what is not stops the run, as a model that is half random would only be a bad
+    one.
     """
-    transformers_messages.set_verbosity_error()  # what does not fit is said below, in a line
-    try:
-        bert = BertForPreTraining.from_pretrained(
-            s.bert or "bert-base-uncased", output_loading_info=True, ignore_mismatched_sizes=True
-        )  # fmt: skip
-        cnn = load_checkpoint(s.resnet) if s.resnet else hub_resnet(s.backbone)
-    except Exception as error:  # the hub raises a dozen kinds of network errors; the remedy is one and the same
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise ValueError(
-            f"no starting weights ({reason}): where there is no network, give --resnet FILE (torchvision's "
-            f"{s.backbone}-*.pth) and --bert DIR (a BERT's folder), --init CKPT, or --scratch"
-        ) from error
-    bert, info = bert
-    cnn = {name.removeprefix("backbone."): value for name, value in cnn.items()}
-    cfg = ClipBertConfig.base()
-    if detector := any(name.startswith("res2.") for name in cnn):  # detectron2's layout: what the reference starts from
-        cfg = ClipBertConfig.official()
+    bert, absent, cnn = read_starts(s)
+    detector = any(name.startswith("res2.") for name in cnn)  # detectron2's names: the reference's
+    cfg = ClipBertConfig.official() if detector else ClipBertConfig.base()
     model = build(config_of_bert(bert.config, replace(cfg, backbone=s.backbone)))
-    leftovers = "(?!stem|res)" if detector else r"fc\.|.*num_batches"  # heads; and a counter of BatchNorm's training
-    tensors = {f"cnn.resnet.{detectron2_name(name)}": torch.as_tensor(value) for name, value in cnn.items()
-               if not re.match(leftovers, name)}  # fmt: skip
-    # what from_pretrained has just drawn at random: not in the file, or of another shape there
-    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    tensors |= {name: value for name, value in bert.state_dict().items()
-                if name not in absent and (name.startswith("bert.") or name in model.state_dict())}  # fmt: skip
+    # not of the trunk: a detector's or a classifier's heads, and BatchNorm's counters of batches
+    leftovers = "(?!stem|res)" if detector else r"fc\.|.*num_batches"
+    tensors = {f"cnn.resnet.{detectron2_name(name)}": torch.as_tensor(value)
+               for name, value in cnn.items() if not re.match(leftovers, name)}  # fmt: skip
+    tensors |= {name: value for name, value in bert.state_dict().items() if name not in absent
+                and (name.startswith("bert.") or name in model.state_dict())}  # fmt: skip
     report = copy_weights(model, tensors)
-    wrong = report["unexpected"] + report["mismatched"] + [n for n in report["missing"] if n.startswith("cnn.resnet.")]
-    if any(name.startswith("cnn.") for name in wrong):
+    wrong = report["unexpected"] + report["mismatched"] + report["missing"]
+    if any(name.startswith("cnn.resnet.") for name in wrong):
         raise ValueError(f"{s.resnet}: not a {s.backbone}; give torchvision's {s.backbone}-*.pth")
-    wrong += [name for name in report["missing"] if name.startswith("bert.") and "pooler" not in name]
-    if wrong:
+    wrong = [name for name in wrong if name.startswith("bert.") and "pooler" not in name]
+    if wrong:  # a missing pooler is no fault: BERTs for sentences often come without
         raise ValueError(f"{s.bert}: not a whole BERT ({wrong[0]}); give another folder or name")
     print(f"{s.resnet or s.backbone}, {s.bert or 'bert-base-uncased'}: {describe(report)}")
     return model
 
 
-def hub_resnet(backbone):
-    """torchvision's weights, trained on ImageNet."""
-    return torchvision.models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
+def read_starts(s):
+    """What --bert and --resnet name, or the hubs have: (BERT, what its file lacks, CNN tensors)."""
+    transformers_messages.set_verbosity_error()  # what does not fit is said in a line of ours
+    try:
+        bert, info = BertForPreTraining.from_pretrained(
+            s.bert or "bert-base-uncased", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        if s.resnet:
+            cnn = load_checkpoint(s.resnet)
+        else:
+            cnn = torchvision.models.get_model(s.backbone, weights="IMAGENET1K_V1").state_dict()
+    except Exception as error:  # the hubs raise a dozen kinds of network errors, of one remedy
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(
+            f"no starting weights ({reason}): where there is no network, give --resnet FILE "
+            f"(torchvision's {s.backbone}-*.pth) and --bert DIR (a BERT's folder), --init CKPT, or "
+            "--scratch"
+        ) from error
+    # from_pretrained draws at random what is not in the file, or has another shape there
+    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    return bert, absent, {name.removeprefix("backbone."): value for name, value in cnn.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -838,10 +872,11 @@ def hub_resnet(backbone):
 
 
 def write_file(path, content, previous=None):
-    """Bytes or text to a file, by the first process alone: written beside `path`, flushed to the disk, then renamed.
+    """Bytes or text to a file, by the first process alone: whole, or not at all.
 
-    Whenever the process dies or the disk is full, the old file or the new one is there, and whole.
-    previous: where the file that is replaced is kept, against a disk that lies. An OSError names the file.
+    Written beside `path`, flushed to the disk, then renamed: whenever the process dies or the disk
+    is full, the old file or the new one is there. previous: where the file that is replaced is
+    kept, against a disk that lies. An OSError names the file.
     """
     if RANK:
         return
@@ -851,12 +886,14 @@ def write_file(path, content, previous=None):
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing behind it
+            # else a power cut may leave the new name with nothing behind it
+            os.fsync(file.fileno())
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
-        cure = "make room, then --resume" if previous and os.path.exists(path) else "make room or choose another --out"
+        resumable = previous and os.path.exists(path)
+        cure = "make room, then --resume" if resumable else "make room or choose another --out"
         raise OSError(f"{path}: not written ({error.strerror or error}): {cure}") from error
     finally:
         with suppress(OSError):  # the disk may be gone altogether
@@ -870,12 +907,16 @@ def load_checkpoint(path):
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: no such checkpoint ({error.strerror}); give a file that training wrote") from None
+        raise ValueError(
+            f"{path}: no such checkpoint ({error.strerror}); give a file that training wrote"
+        ) from None
     except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
-        raise ValueError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}); copy "
-                         "the file again, or have its state dict saved alone") from None  # fmt: skip
+        raise ValueError(
+            f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}); "
+            "copy the file again, or have its state dict saved alone"
+        ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a checkpoint's named values")  # noqa: TRY004
+        raise ValueError(f"{path}: is a {type(state).__name__}, not named values")  # noqa: TRY004
     return state
 
 
@@ -885,12 +926,16 @@ def config_from(state):
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
         return replace(ClipBertConfig(), **config)
     except (AttributeError, TypeError):
-        raise ValueError("the checkpoint's config is not one of ClipBERT's; give one that our training wrote") from None
+        raise ValueError(
+            "the checkpoint's config is not one of ClipBERT's; give one that our training wrote"
+        ) from None
 
 
 def begin(settings, given, name, row):
-    """-> (s, what a new model starts from, what a stopped run goes on from): the settings and --init's, --resume's
-    checkpoint or None. row(model): what the task has instead of the defaults."""
+    """-> (s, start, stopped): settings; --init's state, to start from; --resume's, to go on from.
+
+    One of the two states is None, or both. row(model): what the task has instead of the defaults.
+    """
     if "resume" in given:
         s, stopped = load_stopped(settings, given, name)
         return s, None, stopped
@@ -902,31 +947,35 @@ def begin(settings, given, name, row):
 
 
 def load_finished(settings, given):
-    """--eval: (s, state) of a checkpoint of ours, with its settings where no flag says otherwise."""
+    """--eval: (s, state) of a checkpoint of ours, with its settings where no flag says else."""
     state = load_checkpoint(given["eval"])
-    if not {"task", "settings"} <= state.keys() or set(state["settings"]) != {f.name for f in fields(settings)}:
-        raise ValueError(f"{given['eval']}: not a checkpoint that this script has trained; start from it with --init")
-    own = {"out": str(Path(given["eval"]).parent), "limit": None, "workers": None, "precision": None}
-    s = settle(settings, state["settings"] | own, given)
+    if "task" not in state or set(state.get("settings", ())) != {f.name for f in fields(settings)}:
+        raise ValueError(f"{given['eval']}: not a checkpoint that this script has trained; start "
+                         "from it with --init")  # fmt: skip
+    # What was about that run alone, or about its machine, is not asked for here.
+    own = {"limit": None, "workers": None, "precision": None}
+    s = settle(settings, state["settings"] | own | {"out": str(Path(given["eval"]).parent)}, given)
     if s.blind and "blind" not in given:
         print(f"{s.eval}: trained blind, so it sees no frames here, either")
     return s, state
 
 
 def evaluated(s, *what):
-    """What --eval adds to the names of its results, so that they never take another evaluation's place."""
+    """What --eval adds to its results' names: another evaluation's are never overwritten."""
     folder = Path(s.data[0]).resolve().name if s.data else "toy"
     return "-".join(["", Path(s.eval).stem, *what, folder, *["blind"] * s.blind])
 
 
 def load_stopped(settings, given, name):
-    """--resume: (s, state) of the newest whole checkpoint of the run in --out, or of the newest run of that name.
+    """--resume: (s, state) of the newest whole checkpoint in --out, or in the newest run of `name`.
 
-    Everything is as the checkpoint says, data and model, too; what the command line says otherwise must be in RESUMABLE.
+    Everything is as the checkpoint says, data and model, too; what the command line says otherwise
+    must be in RESUMABLE.
     """
     out = given.get("out")
     if not out:
-        stopped = sorted(Path("runs").glob(f"{name}*/last.pt"), key=lambda path: path.stat().st_mtime)
+        stopped = Path("runs").glob(f"{name}*/*.pt")  # previous.pt alone would do, too
+        stopped = sorted(stopped, key=lambda path: path.stat().st_mtime)
         out = stopped[-1].parent if stopped else Path("runs") / name
     problems = []
     for path in (Path(out) / "last.pt", Path(out) / "previous.pt"):
@@ -936,23 +985,28 @@ def load_stopped(settings, given, name):
         except ValueError as error:
             problems.append(str(error))
     else:
-        raise ValueError(f"{problems[0]}: nothing to go on from; start anew with --overwrite, not --resume")
+        raise ValueError(
+            f"{problems[0]}: nothing to go on from; start anew with --overwrite, not --resume"
+        )
     for problem in problems:
         print(f"note: {problem}; taking the one before it")
     if "optimizer" not in state or "settings" not in state:
-        raise ValueError(f"{path}: holds no optimizer, so it can't go on; start from it with --init")
+        raise ValueError(f"{path}: no optimizer in it, so it can't go on; use it with --init")
     for flag in given.keys() - RESUMABLE:
         if given[flag] != state["settings"].get(flag):
-            raise ValueError(f"{path}: was begun with --{flag} {state['settings'].get(flag)}, not {given[flag]}; leave "
-                             f"that out, or start anew")  # fmt: skip
+            raise ValueError(
+                f"{path}: was begun with --{flag} {state['settings'].get(flag)}, not "
+                f"{given[flag]}; leave that out, or start anew"
+            )
     print(f"resuming from {path}, step {state['step']}")
     return settle(settings, state["settings"], given | {"out": str(out)}), state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Several GPUs. `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each has the whole model
-# and takes every K-th batch; backward averages the gradients over them (DistributedDataParallel), so that K processes
-# do what one does with K times the --grad_accum. The first one prints and writes.
+# Several GPUs. `torchrun --nproc_per_node=K SCRIPT ...` starts K processes and numbers them. Each
+# has the whole model and takes every K-th batch; backward averages the gradients over them
+# (DistributedDataParallel), so that K processes do what one does with K times the --grad_accum. The
+# first one prints and writes.
 RANK = int(os.environ.get("RANK", "0"))
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -962,7 +1016,9 @@ def join_processes():
     if PROCESSES > 1:
         gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
         if gpu and place >= torch.cuda.device_count():
-            raise ValueError(f"{torch.cuda.device_count()} GPUs: --nproc_per_node can't be more, one process each")
+            raise ValueError(
+                f"{torch.cuda.device_count()} GPUs: --nproc_per_node can't be more, one each"
+            )
         if gpu:
             torch.cuda.set_device(place)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
@@ -996,20 +1052,30 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def use_machine(s, model):
     """Settle precision and workers, as far as s leaves them open; the model goes to the device."""
     gpu = DEVICE == "cuda"
-    best = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    best = (
+        "fp32"
+        if not gpu
+        else "bf16"
+        if torch.cuda.is_bf16_supported(including_emulation=False)
+        else "fp16"
+    )
     s.precision = s.precision or best
     if s.precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # for each of this machine's processes
+    # for each of this machine's processes
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if s.workers is None:  # on a CPU one core is left to the model
         s.workers = min(8, cores) if gpu else max(1, min(4, cores - 1))
     if gpu:
-        model.cnn.to(memory_format=torch.channels_last)  # once: else each convolution turns its weights at each step
-        torch.backends.cudnn.benchmark = True  # all frames have one size: the fastest kernels are sought once
-        torch.backends.cudnn.allow_tf32 = s.precision != "fp32"  # whose 10 bits would not agree to five digits
+        # once: else each convolution turns its weights at each step
+        model.cnn.to(memory_format=torch.channels_last)
+        # all frames have one size: the fastest kernels are sought once
+        torch.backends.cudnn.benchmark = True
+        # whose 10 bits would not agree to five digits
+        torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
     elif model.cfg.backbone == "tiny":
-        # Its operations are so small that two threads mostly wait for each other (on a busy machine: four times the
-        # CPU time, five times the wall time).
+        # Its operations are so small that two threads mostly wait for each other (on a busy
+        # machine: four times the CPU time, five times the wall time).
         torch.set_num_threads(1)
     return model.to(DEVICE)
 
@@ -1021,23 +1087,28 @@ def autocast(s):
 
 
 def to_device(batch):
-    """A batch with its tensors on the device; frames stay uint8 until they are there, a quarter of the bytes."""
-    return {k: v.to(DEVICE, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    """A batch with its tensors on the device; frames go there as uint8, a quarter of the bytes."""
+    return {
+        k: v.to(DEVICE, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A training run
 
 
+STOPPED = "stopped: --resume goes on from the last checkpoint, if there is one"
+
+
 def stop_now(number, _):
     """A signal's handler where there is no step to finish."""
-    raise KeyboardInterrupt(number, "stopped: --resume goes on from the last checkpoint, if there is one")
+    raise KeyboardInterrupt(number, STOPPED)
 
 
 class Training:
-    """What surrounds both scripts' loops: AdamW, the log, checkpoints, and how a run stops and goes on.
+    """What surrounds both scripts' loops: updates, the log, checkpoints, how a run stops, goes on.
 
-    with Training(...) as training:                     inside, Ctrl-C and SIGTERM wait for the end of the step
+    with Training(...) as training:                     Ctrl-C, SIGTERM wait for a step's end
         for step in training.steps():
             for batch in training.batches(loader):      grad_accum of them
                 ... training.forward(...) ...
@@ -1047,37 +1118,44 @@ class Training:
     """
 
     def __init__(self, s, model, n_examples, stopped=None, **contents):
-        """n_examples: in an epoch. stopped: the checkpoint to go on from. contents: the script's own of a checkpoint."""
+        """n_examples: in an epoch. stopped: --resume's state, or None. contents: more to save."""
         self.s, self.model, self.out, self.n_examples = s, model, Path(s.out), n_examples
         self.per_step = s.batch_size * s.grad_accum * PROCESSES  # examples to an update
         self.total_steps = s.max_steps or -(-s.epochs * n_examples // self.per_step)
         self.contents = contents | {"settings": asdict(s), "config": asdict(model.cfg)}
-        config = {"device": DEVICE, "total_steps": self.total_steps, **asdict(s), "config": asdict(model.cfg)}
+        config = {"device": DEVICE, "total_steps": self.total_steps} | asdict(s)
+        config["config"] = asdict(model.cfg)
         write_file(self.out / "config.json", json.dumps(config, indent=2) + "\n")
         self.optimizer = build_optimizer(model, s.weight_decay)
-        # fp16: loss scaling. Otherwise a constant 1, for the other thing that a GradScaler does: an update whose
-        # gradients are not finite is skipped on the device, so the weights survive until the loss is next looked at.
-        constant = {} if s.precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
-        self.scaler = torch.amp.GradScaler(DEVICE, **constant)
-        self.start, self.best = 0, -math.inf  # the step to go on from; the highest validation score so far
+        # fp16: loss scaling. Otherwise a constant 1, for the other thing that a GradScaler does: an
+        # update whose gradients are not finite is skipped on the device, so the weights survive
+        # until the loss is next looked at.
+        constant = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        self.scaler = torch.amp.GradScaler(DEVICE, **({} if s.precision == "fp16" else constant))
+        self.start, self.best = 0, -math.inf  # steps that are done; the highest validation score
         if RANK:  # the same model, but each process its own dropout
             torch.manual_seed(s.seed + 1_000_003 * RANK)
-        if not stopped and not RANK:  # --overwrite: what was there must never be what this run falls back on
+        if not (stopped or RANK):  # --overwrite: nothing that this run might fall back on stays
             for name in ("last.pt", "previous.pt", "best.pt"):
                 (self.out / name).unlink(missing_ok=True)
         logged = self.restore(stopped) if stopped else 0
-        self.first_batch, self.n_batches = (n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps))
+        # Batches of all processes, for data.training_order: the run's first one and its end.
+        self.first_batch, self.n_batches = (
+            n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps)
+        )
         if not RANK:
-            with open(self.out / "log.jsonl", "ab") as log:  # lines after the checkpoint will be written again
+            with open(self.out / "log.jsonl", "ab") as log:  # later steps will be logged again
                 log.truncate(min(logged, log.tell()))
         self.forward = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
-        self.waiting, self.unreadable, self.signal, self.began, self.shown = [], Counter(), 0, time.time(), 0.0
+        self.waiting, self.unreadable = [], Counter()  # rows to log; error lines and how often
+        self.signal, self.began, self.shown = 0, time.time(), 0.0  # shown: seconds, see `show`
 
     def restore(self, state):
-        """Go on as if there had been no stop. -> how much of the log belongs to the steps before it, in bytes."""
+        """Go on as if there had been no stop. -> the bytes of the log until then."""
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():  # else another --precision
+        # a scale is only worth keeping if --precision is as it was: fp16, or another
+        if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():
             self.scaler.load_state_dict(state["scaler"])
         if RANK < len(state["random"]):  # the stopped run may have had fewer processes
             own = state["random"][RANK]
@@ -1089,35 +1167,39 @@ class Training:
     def summary(self, unit):
         """One line: how large, how long, with which settings."""
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        hidden = {"data", "out", "overwrite", "resume", "init", "debug", "task", "split", "epochs" if self.s.max_steps else ""}
-        settings = ", ".join(f"{f.name} {getattr(self.s, f.name)}" for f in fields(self.s)
-                             if f.name not in hidden and getattr(self.s, f.name) not in (None, False, []))  # fmt: skip
-        return (f"{parameters:.1f}M parameters, {self.total_steps:,} updates of {self.per_step} {unit} "
-                f"({self.n_examples:,} an epoch) on {DEVICE}: {settings}")  # fmt: skip
+        hidden = ["data", "out", "overwrite", "resume", "init", "debug", "task", "split"]
+        hidden += ["epochs"] if self.s.max_steps else []
+        settings = ", ".join(f"{name} {value}" for name, value in asdict(self.s).items()
+                             if name not in hidden and value not in (None, False, ()))  # fmt: skip
+        return (f"{parameters:.1f}M parameters, {self.total_steps:,} updates of {self.per_step} "
+                f"{unit} ({self.n_examples:,} an epoch) on {DEVICE}: {settings}")  # fmt: skip
 
     def steps(self):
         """start + 1, ..., total_steps, with a progress bar."""
         self.progress = tqdm(
-            range(self.start + 1, self.total_steps + 1), initial=self.start, total=self.total_steps, unit="step",
-            disable=True if RANK else None,
+            range(self.start + 1, self.total_steps + 1), initial=self.start, total=self.total_steps,
+            unit="step", disable=True if RANK else None,  # None: where there is no terminal
         )  # fmt: skip
         return self.progress
 
     def batches(self, loader):
         """The next grad_accum batches, on the device."""
         for i in range(self.s.grad_accum):
-            # Processes exchange their gradients only in the last backward pass, as in DDP's no_sync().
+            # Processes exchange gradients in the last backward pass only, as in DDP's no_sync().
             self.forward.require_backward_grad_sync = i == self.s.grad_accum - 1
             batch = to_device(next(loader))
             self.unreadable.update(line for lines in batch["unreadable"] for line in lines)
             yield batch
 
     def backward(self, loss):
-        """Gradients of one batch. The reference sums those of accumulated batches; their mean is one large batch's."""
+        """Gradients of one of grad_accum batches: their mean is that of one large batch.
+
+        (The reference sums them.)
+        """
         self.scaler.scale(loss / self.s.grad_accum).backward()
 
     def update(self, step, **losses):
-        """An update by the gradients so far, with the step's learning rate; and a line of the log, some time later."""
+        """An update by the gradients so far; the losses are logged some steps later, by flush."""
         lr = learning_rate(step, self.total_steps, self.s.lr)
         set_step(self.optimizer, step, lr)
         self.scaler.unscale_(self.optimizer)
@@ -1125,9 +1207,11 @@ class Training:
         self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        losses = {name: value / self.s.grad_accum for name, value in losses.items()}  # sums over the batches
+        # they are sums over the grad_accum batches
+        losses = {name: value / self.s.grad_accum for name, value in losses.items()}
         self.waiting.append({"step": step, **losses, "lr": lr, "grad_norm": norm})
-        if step % 10 == 0 or step == self.total_steps:  # reading a number off the GPU waits for it: not at every step
+        # reading a number off the GPU waits for it: not at every step
+        if step % 10 == 0 or step == self.total_steps:
             self.flush()
 
     def flush(self):
@@ -1137,23 +1221,27 @@ class Training:
         for same in zip(*gather(rows), strict=True):  # each process's row of a step: log their mean
             row = {name: sum(row[name] for row in same) / PROCESSES for name in same[0]}
             self.log(row | {"step": int(row["step"])})
-            # A gradient that overflows in fp16 halves the scale, and the next step does better; unless it never does.
-            overflow = self.s.precision == "fp16" and math.isfinite(row["loss"]) and self.scaler.get_scale() >= 1
+            # A gradient that overflows in fp16 halves the scale, and the next step does better;
+            # unless it never does.
+            halved = self.s.precision == "fp16" and self.scaler.get_scale() >= 1
+            overflow = halved and math.isfinite(row["loss"])
             if not math.isfinite(row["loss"] + row["grad_norm"]) and not overflow:
-                raise ValueError(f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step "
-                                 f"{row['step']:.0f}: try a lower --lr, or --precision fp32 or bf16")  # fmt: skip
+                raise ValueError(
+                    f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step "
+                    f"{row['step']:.0f}: try a lower --lr, or --precision fp32 or bf16"
+                )
         if rows:
             self.show(row)
 
     def show(self, row):
-        """How it goes: on the progress bar, or, where there is no terminal, a line every half minute."""
+        """How it goes: on the progress bar, or, without a terminal, a line every half minute."""
         seconds, done = time.time() - self.began, row["step"] - self.start
         rate = f"{done * self.per_step / seconds:.0f}"
         self.progress.set_postfix(loss=f"{row['loss']:.3f}", examples_per_s=rate)
         if self.progress.disable and seconds > self.shown + 30:
             self.shown, left = seconds, seconds / done * (self.total_steps - row["step"]) / 60
-            print(f"step {row['step']:.0f} of {self.total_steps:,}: loss {row['loss']:.3f}, {rate} examples/s, "
-                  f"{left:.0f} minutes left", flush=True)  # fmt: skip
+            print(f"step {row['step']:.0f} of {self.total_steps:,}: loss {row['loss']:.3f}, "
+                  f"{rate} examples/s, {left:.0f} minutes left", flush=True)  # fmt: skip
 
     def log(self, row):
         """A line of log.jsonl."""
@@ -1163,7 +1251,8 @@ class Training:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise OSError(f"{self.out / 'log.jsonl'}: not written ({error.strerror}): make room, then --resume") from error
+            raise OSError(f"{self.out / 'log.jsonl'}: not written ({error.strerror}): make room, "
+                          "then --resume") from error  # fmt: skip
 
     def ends_epoch(self, step):
         """Whether the examples of this step are an epoch's last ones, or the run's."""
@@ -1179,10 +1268,11 @@ class Training:
             self.save("best.pt", step)
 
     def save(self, name, step, previous=None, **more):
-        """A checkpoint, by the first process: weights, settings and what the script needs; written whole."""
+        """A checkpoint: the weights, the settings, what the script's own model needs, `more`."""
         if not RANK:
             content = io.BytesIO()  # in memory first: then only one place has to mind a full disk
-            torch.save(self.contents | {"step": step, "model": self.model.state_dict(), **more}, content)
+            more |= self.contents | {"step": step, "model": self.model.state_dict()}
+            torch.save(more, content)
             write_file(self.out / name, content.getbuffer(), previous)
 
     def end_step(self, step):
@@ -1194,26 +1284,36 @@ class Training:
             self.flush()
             self.checkpoint(step)
         if number:
-            raise KeyboardInterrupt(number, f"{signal.Signals(number).name} after step {step} of {self.total_steps}, "
-                                            "which is saved: --resume goes on from there")  # fmt: skip
+            name = signal.Signals(number).name
+            raise KeyboardInterrupt(number, f"{name} after step {step} of {self.total_steps}, "
+                                    "which is saved: --resume goes on from there")  # fmt: skip
 
     def checkpoint(self, step):
-        """last.pt, with all that a resumed run needs to repeat the uninterrupted one; the last but one is kept."""
+        """last.pt, with all that a resumed run needs to repeat the uninterrupted one.
+
+        The one before it stays as previous.pt: a disk may lose the newest.
+        """
         cuda = torch.cuda.get_rng_state() if DEVICE == "cuda" else None
-        random_states = {"torch": torch.get_rng_state(), "cuda": cuda}  # dropout's; clips and masks have own seeds
-        self.save("last.pt", step, self.out / "previous.pt", best=self.best, optimizer=self.optimizer.state_dict(),
-                  scaler=self.scaler.state_dict(), random=gather(random_states),
-                  log=(self.out / "log.jsonl").stat().st_size)  # fmt: skip
+        # of dropout, in each process; clips, captions and masks have streams of their own
+        random_states = gather({"torch": torch.get_rng_state(), "cuda": cuda})
+        self.save(
+            "last.pt", step, self.out / "previous.pt", best=self.best, random=random_states,
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+            log=(self.out / "log.jsonl").stat().st_size,
+        )  # fmt: skip
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {
+            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, kind, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if kind is None:
-            list_unreadable(sum(gather(self.unreadable), Counter()), "replaced by other examples in training")
+            everywhere = sum(gather(self.unreadable), Counter())
+            list_unreadable(everywhere, "replaced by other examples in training")
 
     def note(self, number, _):
         """A signal's handler: remember it until the step is done."""
@@ -1237,7 +1337,10 @@ def list_unreadable(errors, what):
 
 
 def main(job, given):
-    """Run a script's job; an error that the user can mend ends in one line and exit code 2 (--debug: the traceback)."""
+    """Run a script's job; an error that the user can mend ends in one line and exit code 2.
+
+    --debug shows the traceback.
+    """
     signal.signal(signal.SIGTERM, stop_now)
     try:
         join_processes()
@@ -1248,7 +1351,7 @@ def main(job, given):
     except BaseException as error:
         if given.get("debug"):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold the data loader, which now ends its workers
+        traceback.clear_frames(error.__traceback__)  # their data loader ends its workers now
         message, code = explain(error)
         if not message:
             raise
@@ -1260,18 +1363,19 @@ def explain(error):
     """The line to print and the exit code; ("", 1) if it is no error that the user can mend."""
     text = str(error).strip()
     if isinstance(error, KeyboardInterrupt):
-        number, message = error.args or (signal.SIGINT, "stopped: --resume goes on from the last checkpoint, if any")
+        number, message = error.args or (signal.SIGINT, STOPPED)
         return message, 128 + number
-    if isinstance(error, RuntimeError) and re.search(r"out of memory|ALLOC\w*_FAILED", text):  # CUDA's, cuDNN's, cuBLAS's
-        return ("error: out of GPU memory: halve --batch_size and double --grad_accum (the same update), or lower "
-                "--size (other numbers)"), 2  # fmt: skip
+    # in the words of CUDA, cuDNN and cuBLAS
+    if isinstance(error, RuntimeError) and re.search(r"out of memory|ALLOC\w*_FAILED", text):
+        return ("error: out of GPU memory: halve --batch_size and double --grad_accum (the same "
+                "update), or lower --size (other numbers)"), 2  # fmt: skip
     if re.search("Bus error|shared memory|file </torch_", text):  # where workers put their batches
-        return ("error: /dev/shm is full: start Docker with --shm-size 8g or --ipc=host, or use --workers 0; --resume "
-                "goes on from the last checkpoint"), 2  # fmt: skip
+        return ("error: /dev/shm is full: start Docker with --shm-size 8g or --ipc=host, or use "
+                "--workers 0; --resume goes on from the last checkpoint"), 2  # fmt: skip
     # a data loader's worker that died: torch says so, or the pipe to it breaks first
     if "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError):
-        return ("error: a data loader's worker was killed, perhaps for memory: try fewer --workers; --resume goes on "
-                "from the last checkpoint"), 2  # fmt: skip
+        return ("error: a data loader's worker was killed, perhaps for memory: try fewer "
+                "--workers; --resume goes on from the last checkpoint"), 2  # fmt: skip
     if isinstance(error, ValueError | OSError):
         if text.startswith("Caught "):  # raised by a worker: the last line, behind the traceback
             text = text.splitlines()[-1].split(": ", 1)[-1]

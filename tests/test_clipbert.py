@@ -264,10 +264,10 @@ def test_official_checkpoint_of_another_shape_is_reported_not_loaded():
         clipbert.copy_weights(model, {"nonsense": torch.ones(1)})
 
 
-def test_official_weights_in_a_torchvision_layout_warn():
+def test_official_weights_in_a_torchvision_layout_are_refused():
     """The same tensors fit a base() model, and would give wrong features there: strides and channels differ."""
     key = "cnn.feature.backbone.stem.conv1.weight"
-    with pytest.warns(UserWarning, match="official"):
+    with pytest.raises(ValueError, match="official"):
         clipbert.load_official_checkpoint(clipbert.ClipBert(R50, 1), {key: torch.zeros(64, 3, 7, 7)})
 
 
@@ -769,7 +769,7 @@ def test_pretrained_without_network_lists_the_choices(files, monkeypatch, which,
     def no_network(*args, **kwargs):
         raise TimeoutError(message)
 
-    monkeypatch.setattr(BertForPreTraining, "from_pretrained", no_network if which == "bert" else lambda *a, **k: None)
+    monkeypatch.setattr(BertForPreTraining, "from_pretrained", no_network if which == "bert" else lambda *a, **k: (0, {}))
     monkeypatch.setattr(torchvision.models, "get_model", no_network)
     with pytest.raises(ValueError, match="TimeoutError") as raised:
         started(files, bert=None, resnet=None)
