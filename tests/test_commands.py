@@ -103,7 +103,7 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --init {tmp}/attack2.pt", "attack2.pt: not a whole checkpoint of tensors and plain values"),
     ("finetune --data {toy} --eval {tmp}/attack2.pt", "attack2.pt: not a whole checkpoint of tensors and plain values"),
     ("pretrain --data {captions} --eval {tmp}/attack.pt", "attack.pt: not a whole checkpoint of tensors and plain values"),
-    ("finetune --data {toy} --init {tmp}/list.pt", "list.pt: holds a list, not a checkpoint's"),
+    ("finetune --data {toy} --init {tmp}/list.pt", "list.pt: is a list, not named values"),
     ("finetune --data {toy} --init {tmp}/gpt.pt", "config is not one of ClipBERT's; give"),
     ("finetune --data {toy} --init {run}/best.pt --model base", "best.pt: a checkpoint of tiny; leave out --model"),
     ("finetune --data {toy} --init {run}/best.pt --resume", "--init, --resume and --eval exclude each other choose"),
