@@ -65,7 +65,6 @@ def worth(points, sentence):
             if switched_off:
                 raise Hurt("it leaves gradients switched off for whatever comes after it")
 
-        checked.points, checked.sentence = points, sentence
         return checked
 
     return decorate

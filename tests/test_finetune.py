@@ -1,5 +1,5 @@
 """Tests of the fine-tuning script on a handful of toy videos. One property at a time: `pytest tests/test_finetune.py -k
-order`, or one of: accumulation, task, seed, init, unreadable, missing, predict, judge, count, real. How runs stop
+order`, or one of: accumulation, task, seed, init, unreadable, missing, blind, predict, judge, count, real. How runs stop
 and go on: test_reliability.py; wrong commands: test_commands.py.
 """
 
@@ -166,6 +166,12 @@ def test_missing_videos_are_counted_and_stop_the_run(toy_tgif_qa, tmp_path, caps
     assert short(folder, tmp_path / "out", "--allow_missing")["examples"] == 6
     shutil.copytree(toy_tgif_qa, none, ignore=shutil.ignore_patterns("gifs"))
     assert "12 of 12" in failing(capsys, finetune, "--data", none, "--out", tmp_path / "x", "--allow_missing")
+
+
+def test_blind_runs_see_black_frames_only(toy_tgif_qa):
+    examples = data.read_examples("tgif_qa_action", [toy_tgif_qa], "train")
+    seen, blind = (data.ClipDataset(examples, settings(blind=blind), n_clips=1, train=True) for blind in (False, True))
+    assert seen[0, 0]["frames"].any() and not blind[0, 0]["frames"].any()
 
 
 # ---------------------------------------------------------------- one video, one example

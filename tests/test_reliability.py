@@ -337,8 +337,8 @@ def test_resume_takes_everything_from_the_checkpoint(toy, tmp_path, capsys):
 
 
 def test_resume_of_pretraining_draws_the_same_places_of_the_grid(photos, tmp_path):
-    """They depend on torch's random state."""
-    steps = ["--max_steps", 6, "--save_every", 3, "--eval_every", 3, "--keep", 5]
+    """Two of its four, by torch's random state."""
+    steps = ["--max_steps", 6, "--save_every", 3, "--eval_every", 3, "--keep", 2]
     here(photos, tmp_path / "whole", *steps, script=pretrain)
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     (tmp_path / "run" / "last.pt").unlink()  # previous.pt is of step 3
