@@ -15,10 +15,11 @@ SHARED = HERE.parents[1] / "shared"  # recorded numbers and real videos that are
 sys.path.insert(0, str(HERE.parent))  # wherever pytest is started
 torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads would mostly wait for each other
 
+from runs import flags
+
 import clipbert
 import data
 import finetune
-import pretrain
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +48,7 @@ def toy_msrvtt(tmp_path_factory):
 
 def run(script, *arguments):
     """`python SCRIPT.py ARGUMENTS` in this process; script: the module finetune or pretrain. Errors end in SystemExit."""
-    arguments = [str(argument) for argument in arguments]
-    if script is finetune:
-        given = finetune.parse_arguments(arguments)
-    else:
-        given = clipbert.parse_flags(data.Parser(), pretrain.Settings, arguments)
+    given = flags(script, *arguments)
     job = "run_prediction" if "predict" in given else "run_evaluation" if "eval" in given else "run_training"
     clipbert.main(getattr(script, job), given)
 

@@ -24,18 +24,18 @@ def flags(script, *arguments):
     return clipbert.parse_flags(data.Parser(), script.Settings, arguments)
 
 
-def given_of(script, folder, out, *more):
-    """The flags of a small run; folder or out None: without --data or --out."""
-    small = ["--batch_size", 4, "--size", 32, "--workers", 0, *(["--test_clips", 1] if script is finetune else [])]
+def small(script, folder, out, *more):
+    """The arguments of a small run; folder or out None: without --data or --out."""
     where = [*(["--data", folder] if folder else []), *(["--out", out] if out else [])]
-    return flags(script, *where, *small, *more)
+    clips = ["--test_clips", 1] if script is finetune else []
+    return [*where, "--batch_size", 4, "--size", 32, "--workers", 0, *clips, *more]
 
 
 def job(script, run, log, before):
     """What a started process does: training, its output in a file."""
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
     before()
-    clipbert.main(script.run_training, given_of(script, *run))
+    clipbert.main(script.run_training, flags(script, *small(script, *run)))
 
 
 def start(folder, out, *more, before=lambda: None, script=finetune):

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from runs import flags
+from conftest import run
 
 import clipbert
 import data
@@ -22,11 +22,9 @@ def command(line):
     """Run `finetune ...`, `pretrain ...` or `data ...` in this process."""
     script, *arguments = shlex.split(line)
     if script == "data":
-        return data.main(arguments)
-    script = {"finetune": finetune, "pretrain": pretrain}[script]
-    given = flags(script, *arguments)
-    predict = finetune.run_prediction if "predict" in given else None
-    clipbert.main(predict or (script.run_evaluation if "eval" in given else script.run_training), given)
+        data.main(arguments)
+    else:
+        run({"finetune": finetune, "pretrain": pretrain}[script], *arguments)
 
 
 class Attack:
@@ -173,9 +171,3 @@ def test_debug_shows_where_it_happened(places):
 def test_a_size_that_the_grid_of_the_base_model_cannot_take(size, fits):
     with nullcontext() if fits else pytest.raises(ValueError, match=f"--size {size}: .* takes 64 to 6400 pixels"):
         clipbert.check_size(clipbert.Settings(size=size), clipbert.ClipBertConfig.base())
-
-
-def test_bf16_needs_no_gpu(places, tmp_path):
-    short = "--batch_size 2 --max_steps 1 --test_clips 1"
-    command(f"finetune --data {places['toy']} --out {tmp_path} --precision bf16 {short}")
-    assert (tmp_path / "metrics.json").exists()

@@ -1,5 +1,5 @@
 """Tests of pretraining: its data and its script. One property at a time: `pytest tests/test_pretrain.py -k epoch`, or
-one of: masks, evaluation, folders, fixed, resume, checkpoint, overfit, blind, error, real. Its losses against
+one of: masks, evaluation, folders, fixed, checkpoint, overfit, error, real. Its losses against
 the reference's numbers stand in test_clipbert.py; masks and mismatches are exercises, see test_exercises.py.
 """
 
@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SHARED, failing, lines, metrics, run, settings, weights
+from conftest import SHARED, failing, lines, metrics, run, settings
 
 import clipbert
 import data
@@ -123,27 +123,6 @@ def test_folders_are_one_data_set(toy_coco, tmp_path):
     assert said["examples"] == 6 + 2
 
 
-def test_resume_equals_the_uninterrupted_run(toy_coco, tmp_path, monkeypatch):
-    """With grid tokens drawn at random (--keep), which depend on torch's random state."""
-    more = ("--keep", 5, "--save_every", 3, "--eval_every", 3)
-    short(toy_coco, tmp_path / "whole", *more)
-    checkpoint = clipbert.Training.checkpoint
-
-    def save_and_stop(training, step):
-        checkpoint(training, step)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(clipbert.Training, "checkpoint", save_and_stop)
-    with pytest.raises(SystemExit):
-        short(toy_coco, tmp_path / "cut", *more)
-    monkeypatch.undo()
-    run(pretrain, "--out", tmp_path / "cut", "--resume")
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    steps = [row["step"] for row in lines(tmp_path / "cut" / "log.jsonl")]
-    assert steps == [1, 2, 3, 3, 4, 5, 6, 6]  # 3 and 6 also as evaluations
-
-
 def test_checkpoint_starts_a_finetuning(toy_coco, tmp_path):
     short(toy_coco, tmp_path)
     state = clipbert.load_checkpoint(tmp_path / "last.pt")
@@ -178,12 +157,6 @@ def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped
         _, swapped = model(frames.roll(1, 0), tokens["input_ids"], tokens["attention_mask"])
     assert (right.argmax(1) == labels).all()
     assert (swapped.argmax(1) == labels.view(4, 4).roll(1, 0).flatten()).all()
-
-
-def test_blind_run_cannot_tell_matches(toy_coco, tmp_path):
-    """Every caption is another photo's somewhere: black frames leave nothing but chance."""
-    said = short(toy_coco, tmp_path, "--blind")
-    assert said["blind"] and said["itm_loss"] == pytest.approx(math.log(2), abs=0.1)
 
 
 def test_error_of_too_few_images_is_one_line(toy_coco, tmp_path, capsys):

@@ -15,9 +15,11 @@ import socket
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from runs import errors, finish, given_of, logged, resume, same, start, tensors, wait_for
+from conftest import weights
+from runs import errors, finish, flags, logged, resume, same, small, start, tensors, wait_for
 
 import clipbert
 import data
@@ -52,17 +54,12 @@ def whole(toy, tmp_path_factory):
 
 def here(folder, out, *more, script=finetune):
     """Training, or with --eval evaluation, in this process."""
-    given = given_of(script, folder, out, *more)
-    clipbert.main(script.run_evaluation if "eval" in given else script.run_training, given)
+    conftest.run(script, *small(script, folder, out, *more))
 
 
-def failing(capsys, *run, **script):
+def failing(capsys, folder, out, *more, script=finetune):
     """The one line that a failed run prints."""
-    with pytest.raises(SystemExit) as stop:
-        here(*run, **script)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert stop.value.code == 2 and sum(line.startswith("error: ") for line in lines) == 1, lines
-    return lines[-1]
+    return conftest.failing(capsys, script, *small(script, folder, out, *more))
 
 
 def same_end(one, other):
@@ -104,7 +101,7 @@ def training(toy, tmp_path):
     """A `Training`, not begun; precision: what its settings say."""
 
     def build(precision="fp32"):
-        given = given_of(finetune, toy, tmp_path, "--max_steps", 60, "--precision", precision)
+        given = flags(finetune, *small(finetune, toy, tmp_path, "--max_steps", 60, "--precision", precision))
         s = clipbert.settle(finetune.Settings, finetune.row("tgif_qa_action", "tiny"), given)
         model = clipbert.ClipBert(clipbert.ClipBertConfig.tiny(vocab_size=30), 1)
         return clipbert.Training(s, model, 13)
@@ -122,10 +119,6 @@ def test_signal_handlers_are_given_back_and_a_second_signal_stops_at_once(traini
 
 
 # ---------------------------------------------------------------- checkpoints and logs on a disk
-
-
-def test_whole_checkpoint_before_is_kept(whole):
-    assert [clipbert.load_checkpoint(whole[0] / name)["step"] for name in ("last.pt", "previous.pt")] == [12, 11]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "gone"])
@@ -331,10 +324,20 @@ def test_resume_takes_everything_from_the_checkpoint(toy, tmp_path, capsys):
     here(toy, tmp_path / "whole", *own, "--max_steps", 4)
     here(toy, tmp_path / "run", *own, "--max_steps", 4, "--save_every", 2)
     (tmp_path / "run" / "last.pt").unlink()  # previous.pt is of step 2
-    arguments = ["--resume", "--out", str(tmp_path / "run")]
-    clipbert.main(finetune.run_training, finetune.parse_arguments(arguments))
+    conftest.run(finetune, "--resume", "--out", tmp_path / "run")
     assert "from " + str(toy) in capsys.readouterr().out
     assert same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_resume_of_pretraining_draws_the_same_places_of_the_grid(photos, tmp_path):
+    """Two of its four, by torch's random state."""
+    steps = ["--max_steps", 6, "--save_every", 3, "--eval_every", 3, "--keep", 2]
+    here(photos, tmp_path / "whole", *steps, script=pretrain)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "last.pt").unlink()  # previous.pt is of step 3
+    conftest.run(pretrain, "--resume", "--out", tmp_path / "run")
+    assert same_end(tmp_path / "run", tmp_path / "whole")
+    assert logged(tmp_path / "run") == [1, 2, 3, 3, 4, 5, 6, 6]  # 3 and 6 also as evaluations
 
 
 def test_resume_accepts_the_same_values_and_what_may_be_anew(toy, whole, tmp_path):
@@ -406,8 +409,7 @@ def test_blind_is_remembered_and_said_by_a_prediction(toy, tmp_path, capsys):
     here(toy, tmp_path, "--max_steps", 1, "--blind")
     question = ["--question", "q", "--options", "a", "b", "--predict"]
     for name in ("toy_test_0000.gif", "toy_test_0001.gif"):
-        given = given_of(finetune, None, None, "--eval", tmp_path / "best.pt", *question, toy / "gifs" / name)
-        finetune.run_prediction(given)
+        here(None, None, "--eval", tmp_path / "best.pt", *question, toy / "gifs" / name)
     said = [line for line in capsys.readouterr().out.splitlines() if "%" in line or "blind" in line]
     assert sum("trained blind" in line for line in said) == 2
     assert said[-3:] == said[-6:-3]  # another video changes nothing
@@ -456,13 +458,13 @@ def test_two_processes_equal_one_with_twice_the_accumulation(toy, photos, tmp_pa
         processes = two(photos, other, *more, "--grad_accum", 2, script=script)
         processes.append(start(photos, one, *more, "--grad_accum", 4, script=script))
         assert [finish(process) for process in processes] == [0, 0, 0]
-    weights, twins = (clipbert.load_checkpoint(out / "last.pt")["model"] for out in (one, other))
-    for name in weights:
+    ours, twins = weights(one), weights(other)
+    for name in ours:
         # Sums in another order, which Adam enlarges in a few weights whose gradients are all but zero: 20 updates of
         # up to 3e-4 take those 2e-4 apart at most, and on average all are the same.
-        torch.testing.assert_close(weights[name], twins[name], rtol=0, atol=2e-4)
-        assert (weights[name] - twins[name]).abs().mean() < 5e-6
-    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, other)]
+        torch.testing.assert_close(ours[name], twins[name], rtol=0, atol=2e-4)
+        assert (ours[name] - twins[name]).abs().mean() < 5e-6
+    logs = [conftest.lines(out / "log.jsonl") for out in (one, other)]
     assert logs[0][-1]["step"] == 20
     for row, twin in zip(*logs, strict=True):
         assert row == pytest.approx(twin, abs=1e-4)
