@@ -1,5 +1,7 @@
 """The sheets show what the model looked at: its frames, its attention, its clips' scores and weights, no other ones."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -28,35 +30,41 @@ def predict(toy, *more):
     clipbert.main(finetune.run_prediction, finetune.parse_arguments([str(a) for a in arguments]))
 
 
+def job(toy, *more):
+    """(settings, model, collator) of the trained checkpoint."""
+    arguments = ["--task", "tgif_qa", "--eval", str(toy.parent / "run" / "best.pt"), "--data", str(toy), *more]
+    return finetune.load_for_use(finetune.parse_arguments(arguments))[:3]
+
+
 @pytest.fixture(scope="module")
 def seen(toy):
-    """(run, model, batch, Seen) of three clips."""
-    args = finetune.parse_arguments(["--task", "tgif_qa", "--eval", str(toy.parent / "run" / "best.pt"), "--data",
-                                     str(toy), "--agg", "lse"])  # fmt: skip
-    run, model = finetune.load_for_use(args)
+    """(settings, model, collator, example, its clips as a batch, Seen) of three clips."""
+    s, model, collate = job(toy, "--agg", "lse")
     example = data.read_examples("tgif_qa_action", toy, "test")[0]
     example = example._replace(options=("jump", "a very long thing that it does", "spin"))  # uneven: there is padding
-    batch = next(iter(run.loader([example], 3, False, [[(0, 0)]])))
-    return run, model, batch, finetune.look(run, model, batch)
+    batch = collate([data.ClipDataset([example], s, n_clips=3, train=False)[0, 0]])
+    return s, model, collate, example, batch, finetune.look(s, model, collate, example, 3)
 
 
 def test_scores_and_ranking_are_the_models_own(seen):
-    _, model, batch, what = seen
+    _, model, _, _, batch, what = seen
     assert model.bert.config._attn_implementation == "sdpa"  # as it was
     with torch.no_grad():
-        logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
-    assert torch.allclose(what.scores, logits[:, :, 0].softmax(1), atol=1e-5)
-    assert torch.allclose(what.ranking, clipbert.aggregate_clips(logits, "lse")[:, 0].softmax(0), atol=1e-5)
-    assert torch.allclose(what.weights, logits[:, what.ranking.argmax(), 0].softmax(0), atol=1e-5)
+        logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])[:, :, 0]
+    assert torch.allclose(what.scores, logits.softmax(1), atol=1e-5)
+    assert torch.allclose(what.ranking, logits.logsumexp(0).softmax(0), atol=1e-5)
+    assert torch.allclose(what.points, logits[:, what.ranking.argmax()], atol=1e-5)
     assert what.frames.equal(batch["frames"][0])
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])
 def test_attention_is_the_last_layers_from_cls_to_the_grid_with_the_winning_option(seen, best):
-    run, model, batch, _ = seen
+    s, model, collate, example, batch, _ = seen
     order = [best, *(i for i in range(3) if i != best)]
+    example = example._replace(options=tuple(example.options[i] for i in order))
     batch = batch | {k: batch[k][order] for k in ("input_ids", "attention_mask")}
-    what, kept, last = finetune.look(run, model, batch), [], model.bert.encoder.layer[-1].attention.self
+    what, kept = finetune.look(s, model, collate, example, 3), []
+    last = model.bert.encoder.layer[-1].attention.self
     hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     with torch.no_grad():
         clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
@@ -69,19 +77,12 @@ def test_attention_is_the_last_layers_from_cls_to_the_grid_with_the_winning_opti
     assert torch.allclose(what.attention, weights[:, 0, Lt:].view(3, 4, 4), atol=1e-5)
 
 
-def test_a_compiled_model_shows_its_attention_too(seen):
-    run, model, batch, what = seen
-    model.bert.encoder.compile(backend="eager")
-    with torch.no_grad():
-        clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
-    assert torch.allclose(finetune.look(run, model, batch).attention, what.attention, atol=1e-5)
-
-
 def test_outputs_without_an_answer_are_never_shown(seen):
-    run, model, batch, _ = seen
-    batch = batch | {"examples": [batch["examples"][0]._replace(options=OPTIONS[:2])]}  # a third output has no name
-    what = finetune.look(run, model, batch)
-    assert what.names == list(OPTIONS[:2]) and what.scores.shape == (3, 2) and what.ranking.shape == (2,)
+    """A model of open questions may have more outputs than there are answers."""
+    s, model, collate, example, _, _ = seen
+    collate = data.Collator(collate.tokenizer, s.text_length, answers=["one"])
+    what = finetune.look(s, model, collate, example._replace(options=()), 3)
+    assert what.names == ["one"] and what.scores.shape == (3, 1) and what.ranking.shape == (1,)
 
 
 @pytest.mark.parametrize("how, weights", [
@@ -90,13 +91,6 @@ def test_outputs_without_an_answer_are_never_shown(seen):
 def test_weights_are_shares_of_the_aggregate(how, weights):
     with torch.no_grad():
         assert np.allclose(finetune.clip_weights(torch.tensor([1.0, 2.0, -1.0]), how), weights, atol=1e-6)
-
-
-def test_the_clips_that_tell_most_come_first(seen):
-    scores, ranking = torch.tensor([[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]), torch.tensor([0.6, 0.4])
-    what = seen[3]._replace(scores=scores, ranking=ranking, weights=torch.tensor([0.5, 0.2, 0.3]))
-    assert finetune.telling_clips(what, "lse")[0] == [0, 2, 1]
-    assert finetune.telling_clips(what._replace(weights=torch.ones(3) / 3), "mean")[0] == [1, 2, 0]
 
 
 def test_the_grid_has_cells_with_borders_and_is_brightest_where_the_attention_is():
@@ -113,51 +107,69 @@ def test_the_grid_has_cells_with_borders_and_is_brightest_where_the_attention_is
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is given to draw_sheet: [(title, about, rows, line, notes)]."""
-    calls, draw = [], data.draw_sheet
+    """What sheets are made of, in their order: (title, about), (title, pictures, bars) of rows, arguments of lines."""
+    calls, made = SimpleNamespace(sheets=[], rows=[], lines=[]), {}
+    draw_sheet, row_strip, time_line = data.draw_sheet, data.row_strip, data.time_line
 
-    def record(title, about, rows, line=None, notes=()):
-        calls.append((title, about, rows, line, notes))
-        return draw(title, about, rows, line, notes)
+    def sheet(title, about, strips, path):
+        calls.sheets.append((title, about))
+        calls.rows += [made[id(strip)] for strip in strips if id(strip) in made]
+        return draw_sheet(title, about, strips, path)
 
-    monkeypatch.setattr(data, "draw_sheet", record)
+    def row(title, pictures, bars=(), color=data.DARK):
+        strip = row_strip(title, pictures, bars, color)
+        made[id(strip)] = (title, pictures, bars)
+        return strip
+
+    def line(*given):
+        calls.lines.append(given)
+        return time_line(*given)
+
+    for function in (sheet, row, line):
+        name = {"sheet": "draw_sheet", "row": "row_strip", "line": "time_line"}[function.__name__]
+        monkeypatch.setattr(data, name, function)
     return calls
 
 
-def test_predict_draws_a_row_for_each_clip(toy, tmp_path, drawn):
+def names(bars):
+    return [text.split("  ")[1] for text, *_ in bars]
+
+
+def test_predict_draws_a_strip_for_each_clip(toy, tmp_path, drawn):
     predict(toy, "--test_clips", 3, "--agg", "max", "--sheet", tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").width == data.WIDTH
-    (title, _, rows, line, notes), gif = drawn[0], toy / "gifs" / "toy_test_0000.gif"
-    assert title == "what does it do ?" and line.width == data.WIDTH and "not an explanation" in notes[0]
-    for row, frame in zip(rows, data.read_clips(gif, 3, 1, 1.0, 64, False)[:, 0], strict=False):
-        assert row.pictures[0][0].tobytes() == data.picture(frame, 180, data.probe(gif)).tobytes()
-        assert {name for name, *_ in row.bars} == {*OPTIONS, "its weight in G"}
-    assert sorted(row.bars[-1][1] for row in rows[:3]) == [0, 0, 1]  # G = max: one clip's weight is 1, the others' 0
-    assert len(rows) == 4 and {name for name, *_ in rows[3].bars} == set(OPTIONS)  # all clips together
+    assert Image.open(tmp_path / "a.png").width == data.WIDTH + 2 * data.MARGIN
+    gif, rows, (line,) = toy / "gifs" / "toy_test_0000.gif", drawn.rows, drawn.lines
+    assert drawn.sheets[0][0] == "what does it do ?" and len(line[1]) == len(line[3]) == 3
+    for row, frame in zip(rows[:3], data.read_clips(gif, 3, 1, 1.0, 64, False)[:, 0], strict=True):
+        assert row[1][0][0].tobytes() == data.picture(frame, data.probe(gif)).tobytes()
+        assert {*names(row[2])} == {*OPTIONS, "is its weight in G"}
+    assert sorted(row[2][-1][1] for row in rows[:3]) == [0, 0, 1]  # G = max: one clip's weight is 1, the others' 0
+    assert len(rows) == 5 and {*names(rows[3][2])} == {*OPTIONS}  # all clips together; the last is the legend
+    assert "not an explanation" in rows[4][0]
 
 
 def test_at_most_six_clips_are_drawn_unless_asked(toy, tmp_path, drawn):
     for more in ((), ("--clips", 7)):
         predict(toy, "--test_clips", 8, "--sheet", tmp_path / "a.png", *more)
-    assert [len(rows) - 1 for _, _, rows, *_ in drawn] == [6, 7]
-    assert "the 6 surest of the answer" in drawn[0][1]
-    numbers = [int(row.lines[0].split()[1]) for row in drawn[0][2][:-1]]
-    assert numbers == sorted(numbers)  # in order of time
+    numbers = [int(title.split()[1]) for title, *_ in drawn.rows if title.startswith("Clip ")]
+    assert len(numbers) == 6 + 7 and numbers[:6] == sorted(numbers[:6]) and numbers[6:] == sorted(numbers[6:])
+    assert "shown are the 6 with the highest score" in drawn.sheets[0][1]
+    grey = [i + 1 for i, color in enumerate(drawn.lines[0][3]) if color == data.PALE]
+    assert {*grey} == {*range(1, 9)} - {*numbers[:6]}  # on the time line the others are grey
 
 
 def test_training_leaves_right_and_wrong_examples(toy, drawn):
-    assert Image.open(toy.parent / "run" / "sheet.png").width == data.WIDTH
-    arguments = ["--task", "tgif_qa", "--eval", str(toy.parent / "run" / "best.pt"), "--data", str(toy)]
-    run, model = finetune.load_for_use(finetune.parse_arguments(arguments))
+    assert Image.open(toy.parent / "run" / "sheet.png").width == data.WIDTH + 2 * data.MARGIN
+    s, model, collate = job(toy)
     examples = data.read_examples("tgif_qa_action", toy, "test")
     (toy / "gifs" / f"{examples[3].video}.gif").write_bytes(b"")  # unreadable: black, and said
     rows = [{"clips": 2, "accuracy": right, "prediction": ""} for right in (True, False, True, False)]
-    finetune.example_sheet(run, model, examples, rows)
-    *rows, legend = drawn[0][2]
-    order = [(examples[i], right) for i, right in ((0, "right"), (2, "right"), (1, "wrong"), (3, "wrong"))]
-    assert [row.lines for row in rows] == [[f"{right}: {e.text}", f"answer: {e.options[e.answer]}"] for e, right in order]
-    assert all(len(row.pictures) == 2 and len(row.bars) == 5 for row in rows) and len(legend.pictures) == 1
-    assert rows[3].pictures[0][0].tobytes() == data.picture(torch.zeros(3, 64, 64).byte(), 172, None).tobytes()
+    finetune.example_sheet(s, model, collate, examples, rows)
+    *rows, legend = drawn.rows
+    order = [(examples[i], right) for i, right in ((0, "Right"), (2, "Right"), (1, "Wrong"), (3, "Wrong"))]
+    assert [row[0] for row in rows] == [f"{right}: {e.text} Answer: {e.options[e.answer]}" for e, right in order]
+    assert all(len(pictures) == 2 and len(bars) == 5 for _, pictures, bars in rows) and len(legend[1]) == 1
+    assert rows[3][1][0][0].tobytes() == data.picture(torch.zeros(3, 64, 64).byte(), None).tobytes()
 
 
 def test_retrieval_shows_the_right_video_beside_the_best_other_one(tmp_path, drawn):
@@ -165,10 +177,10 @@ def test_retrieval_shows_the_right_video_beside_the_best_other_one(tmp_path, dra
     arguments = ["--task", "msrvtt_retrieval", "--data", tmp_path / "toy", "--out", tmp_path, "--batch_size", 2,
                  "--max_steps", 1, "--test_clips", 1]  # fmt: skip
     clipbert.main(finetune.run_training, finetune.parse_arguments([str(a) for a in arguments]))
-    *rows, _ = drawn[0][2]
+    *rows, _ = drawn.rows
     assert 4 <= len(rows) <= 8
-    for row in rows:
-        (_, own, _), _, (_, other, _), _ = row.pictures
-        right = row.lines[0].startswith("right")
-        assert [name for name, *_ in row.bars] == [own, other]
-        assert (row.bars[0][0] == "its own: number 1") == right and other == f"other: number {2 if right else 1}"
+    for title, pictures, bars in rows:
+        (_, own, _), _, (_, other, _), _ = pictures
+        right = title.startswith("Right")
+        assert names(bars) == [own, other]
+        assert (own == "its own: number 1") == right and other == f"other: number {2 if right else 1}"

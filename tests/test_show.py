@@ -7,7 +7,7 @@ from PIL import Image, ImageColor
 import data
 
 COLORS = [ImageColor.getrgb(color) for color in data.SHEET_COLORS]
-SECONDS = (data.WIDTH - 2 * data.MARGIN) / 8  # pixels of one, on the time line of eight
+SECOND = data.WIDTH / 8  # pixels, on the time line of eight
 
 
 @pytest.fixture
@@ -18,38 +18,40 @@ def video(tmp_path):
     return tmp_path / "grey.gif"
 
 
-def line(video, clips, length, uniform=True):
-    """The time line as an array, and each clip's (first, last) second on it."""
-    strip = np.asarray(data.time_line(data.probe(video), clips, length, data.SHEET_COLORS[: len(clips)], uniform))
+def line(video, clips, length):
+    """Each clip's (first, last) second on the time line."""
+    strip = np.asarray(data.time_line(data.probe(video), clips, length, data.SHEET_COLORS[: len(clips)]))
     columns = [np.flatnonzero((strip == color).all(-1).sum(0) > 7) for color in COLORS[: len(clips)]]  # no letters
-    return strip, [((x[0] - data.MARGIN) / SECONDS, (x[-1] + 3 - data.MARGIN) / SECONDS) for x in columns]
+    return [(x[0] / SECOND, (x[-1] + 3) / SECOND) for x in columns]
 
 
-def test_uniform_clips_stand_at_their_times_and_what_is_never_looked_at_is_grey(video):
+def test_uniform_clips_stand_at_their_times_and_the_reason_is_said(video, monkeypatch):
     clips = data.sample_clips(32, 4.0, 4, 2, 2.0, False)
-    strip, found = line(video, clips, 1.0)
-    assert np.allclose(found, [(start, start + 1) for start in (clips[:, 0] / 4).tolist()], atol=0.02)
-    grey = np.flatnonzero((strip[40] == ImageColor.getrgb("#eeeeee")).all(-1))
-    assert np.allclose((grey[[0, -1]] - data.MARGIN) / SECONDS, (found[-1][1], 8), atol=0.02)
-    assert len(line(video, clips, 1.0, uniform=False)[0]) < len(strip)  # random clips may lie anywhere: no remark
+    assert np.allclose(line(video, clips, 1.0), [(start, start + 1) for start in (clips[:, 0] / 4).tolist()], atol=0.02)
+    said = []
+    monkeypatch.setattr(data, "draw_sheet", lambda title, about, *_: said.append(about))
+    for seed in (None, 3):
+        data.contact_sheet(video, 4, 2, 2.0, 64, seed)
+    assert "clip i starts at f i / N" in said[0] and "at random, as in training (seed 3)" in said[1]
 
 
 def test_clips_that_overlap_get_lanes(video):
     clips = data.sample_clips(32, 4.0, 5, 4, 1.0, False)  # 5 clips of 4 seconds out of 8
-    _, found = line(video, clips, 4.0)
-    assert np.allclose(found, [(start, start + 4) for start in (clips[:, 0] / 4).tolist()], atol=0.02)
+    assert np.allclose(line(video, clips, 4.0), [(start, start + 4) for start in (clips[:, 0] / 4).tolist()], atol=0.02)
 
 
 def test_frames_are_the_models_with_their_padding(video):
-    frame = data.read_clips(video, 1, 1, 1.0, 64, False)[0, 0]
-    image = np.asarray(data.picture(frame, 320, data.probe(video))).astype(int)
-    assert (abs(image[20:140, 20:300] - frame[:, 10, 10].numpy()) <= 1).all()
-    assert (image[180:220] == 0).all() and (image[260:] == 0).all() and image[220:260].any()  # "padding" between
-    assert not np.asarray(data.picture(frame * 0, 320, data.Media(1, 1.0, 40, 40))).any()  # a square has none
+    frame, side = data.read_clips(video, 1, 1, 1.0, 64, False)[0, 0], data.SIDE - 4
+    image = np.asarray(data.picture(frame, data.probe(video))).astype(int)
+    assert image.shape == (side, side, 3)
+    assert (abs(image[4 : side // 2 - 8] - frame[:, 10, 10].numpy()) <= 1).all()
+    assert (image[side // 2 + 8 : -30] == 0).all() and image[-30:].any()  # "padding", in a corner of it
+    assert not np.asarray(data.picture(frame * 0, data.Media(1, 1.0, 40, 40))).any()  # a square has none
+    assert np.asarray(data.picture(frame * 0, None)).any()  # "unreadable"
     sheet = np.asarray(data.contact_sheet(video, 1, 1, 1.0, 64))
-    assert sheet.shape[1] == data.WIDTH
-    large = np.asarray(data.picture(frame, 360, data.probe(video)))[2:-2, 2:-2]  # within its border
-    places = [y for y in range(len(sheet) - 360) if np.array_equal(sheet[y + 2 : y + 358, 42:398], large)]
+    assert sheet.shape[1] == data.WIDTH + 2 * data.MARGIN
+    left = data.MARGIN + 2  # behind the border
+    places = [y for y in range(len(sheet) - side) if np.array_equal(sheet[y : y + side, left : left + side], image)]
     assert len(places) == 1
 
 
@@ -62,20 +64,23 @@ def test_random_clips_are_those_of_the_seed_in_the_order_of_time(video, monkeypa
 
 
 @pytest.mark.parametrize("text", ["", "word", "a few words " * 40, "l" * 300, "W" * 300, "two\nlines"])
-def test_text_is_wrapped_and_never_cut(text):
-    lines = data.wrap(text, 18, 300)
-    assert "".join("".join(lines).split()) == "".join(text.split())
-    assert data.widest(lines, 18, 10**6) <= 300 and len(lines) <= 40
+def test_text_is_wrapped_and_never_cut(text, monkeypatch):
+    """All of it is written, and no line is as wide as its strip."""
+    written = []
+    monkeypatch.setattr(data.ImageDraw.ImageDraw, "text", lambda self, place, line, **_: written.append((place, line)))
+    strip, font = data.text_strip(text, 9, width=300), data.ImageFont.load_default(9)
+    assert "".join("".join(line for _, line in written).split()) == "".join(text.split())
+    assert all(font.getlength(line) <= 300 and place[1] + 9 <= strip.height for place, line in written)
 
 
-def test_a_row_is_as_high_as_its_highest_column():
+def test_a_row_is_as_high_as_its_highest_column_and_keeps_its_pictures_whole():
     black = Image.new("RGB", (50, 50))
-    for row in (data.SheetRow([(black, "below", "red")]), data.SheetRow([(black, "", "red")], ["word " * 99]),
-                data.SheetRow([(black, "", "red")], (), [("long name " * 9, 1.0, "100%", "red")] * 9)):  # fmt: skip
-        sheet = np.asarray(data.draw_sheet("title", "about", [row, row]))
+    for title, below, bars in (("", "below", []), ("word " * 99, "", []), ("", "", [("a long name " * 9, 1.0, "red")] * 9)):
+        row = data.row_strip(title, [(black, below, "red")], bars)
+        sheet = np.asarray(data.draw_sheet("title", "about", [row, row], "video.mp4"))
         assert (sheet[-data.MARGIN :] == 255).all() and (sheet[:, -data.MARGIN + 1 :] == 255).all()
-        tops = np.flatnonzero((sheet[:, 60] == 0).all(-1))
-        assert len(tops) == 2 * 46  # the pictures of both rows, whole but for their borders
+        middle = np.flatnonzero((sheet[:, data.MARGIN + 27] == 0).all(-1))
+        assert len(middle) == 2 * 50
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -94,6 +99,6 @@ def test_mistakes_end_in_one_line(video, tmp_path, arguments, words, monkeypatch
 def test_toy_videos_are_explained_and_others_are_not(tmp_path):
     data.write_toy_tgif_qa(tmp_path / "toy", train=1, test=1)
     gif = tmp_path / "toy" / "gifs" / "toy_test_0000.gif"
-    assert data.toy_notes(gif) == []
+    plain = data.contact_sheet(gif, 1, 1, 1.0, 64)
     (tmp_path / "toy" / f"complete-{data.TOY_VERSION}").touch()
-    assert "moons" in data.toy_notes(gif)[0]
+    assert data.contact_sheet(gif, 1, 1, 1.0, 64).height > plain.height and "moons" in data.TOY_NOTE
