@@ -38,7 +38,7 @@ SOURCES = {
     "finetune": HERE.parent / "finetune.py", "exercises": HERE / "exercises.py",
 }  # fmt: skip
 COPIED = (  # besides SOURCES
-    "pretrain.py", "LICENSE", "requirements.txt", "tests/conftest.py", "tests/test_exercises.py",
+    "pretrain.py", "LICENSE", "requirements.txt", "tests/conftest.py", "tests/runs.py", "tests/test_exercises.py",
     "tests/golden_clipbert.json", "tests/golden_pretrain.json", "tests/golden_retrieval.json",
     "tests/golden_tensors.safetensors.gz", "tests/ablations.py",
 )  # fmt: skip

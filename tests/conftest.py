@@ -80,3 +80,18 @@ def weights(folder, name="last.pt"):
 def settings(script=finetune, **changes):
     """A Settings object without a command line: small frames, read in this process, computed in float32."""
     return script.Settings(**{"size": 64, "workers": 0, "precision": "fp32", **changes})
+
+
+def learn_by_heart(model, loss_of, steps, lr):
+    """What the training loop does at every step, without its trimmings, until the loss is as good as zero."""
+    optimizer = clipbert.build_optimizer(model.train())
+    for step in range(1, steps + 1):
+        clipbert.set_step(optimizer, step, lr)
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        if loss.item() < 0.01:
+            return
+    pytest.fail(f"after {steps} steps the loss is still {loss.item()}")

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from conftest import HERE, SHARED, settings
+from conftest import HERE, SHARED, learn_by_heart, settings
 from safetensors.torch import load, load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForPreTraining, BertModel
@@ -106,6 +106,15 @@ def golden_grid(g, texts_per_video):
     return g["in"]["visual_inputs"][::texts_per_video] if grid is None else grid
 
 
+def gradients_match(model, norms):
+    """norms: {name in the official checkpoint: norm, or None of a parameter that has no gradient there}."""
+    parameters = dict(model.named_parameters())
+    for key, norm in norms.items():
+        if norm is not None:
+            gradient = parameters[clipbert.official_name(key)].grad
+            assert gradient.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), key
+
+
 CASES = [("multichoice", 1, 5), ("seqcls", 7, 1), ("seqcls_bce", 7, 1), ("retrieval_ce", 2, 2)]
 
 
@@ -137,11 +146,7 @@ def test_transformer_multichoice_loss_and_gradients_match_the_reference():
     loss = clipbert.video_loss(p, g["in"]["labels"], "choice")
     close(loss, g["out"]["loss"].mean(), 1e-5)
     loss.backward()
-    parameters = dict(model.named_parameters())
-    for name, norm in GOLDEN["grad_norms"]["multichoice"].items():
-        if norm is not None:
-            gradient = parameters[clipbert.official_name(f"transformer.{name}")].grad
-            assert gradient.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+    gradients_match(model, {f"transformer.{name}": norm for name, norm in GOLDEN["grad_norms"]["multichoice"].items()})
 
 
 def test_transformer_pretraining_heads_match_the_reference():
@@ -221,11 +226,9 @@ def test_official_model_outputs_match_the_reference(official, what):
 
 def test_official_model_gradients_match_the_reference(official):
     """Their norms from the classifier down to res3, and the norm of all of them (what gradient clipping sees)."""
-    parameters = dict(official["model"].named_parameters())
-    for key, norm in GOLDEN["e2e"]["grad_norms"].items():
-        gradient = parameters[clipbert.official_name(key)].grad
-        assert gradient.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), key
-    total = torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm().item()
+    gradients_match(official["model"], GOLDEN["e2e"]["grad_norms"])
+    gradients = [p.grad for p in official["model"].parameters() if p.grad is not None]
+    total = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
     assert total == pytest.approx(GOLDEN["e2e"]["grad_total_norm"], rel=1e-3)
 
 
@@ -374,17 +377,11 @@ def test_overfit_eight_examples(kind):
         ids[:, 1] = torch.arange(10, 10 + n).repeat(8)  # the options of a question differ in one token
     inputs, target = (frames.view(8, 2, 1, 3, 32, 32), ids, mask), torch.randint(0, 4, (8,))
     model = clipbert.ClipBert(TINY, num_outputs)
-    optimizer = clipbert.build_optimizer(model.train())
-    for step in range(1, 151):  # what the training loop does at every step, without its trimmings
-        clipbert.set_step(optimizer, step, 3e-3)
-        loss = clipbert.video_loss(clipbert.aggregate_clips(clipbert.clip_logits(model, *inputs), how), target, kind)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        if loss.item() < 0.01:
-            return
-    pytest.fail(f"the loss is still {loss.item()}")
+
+    def loss_of():
+        return clipbert.video_loss(clipbert.aggregate_clips(clipbert.clip_logits(model, *inputs), how), target, kind)
+
+    learn_by_heart(model, loss_of, 150, 3e-3)
 
 
 @pytest.mark.parametrize("cfg, size, cells", [(TINY, 64, 4), (R50, 128, 2), (R18, 128, 2)], ids=["tiny", "50", "18"])

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SHARED, failing, lines, metrics, run, settings
+from conftest import SHARED, failing, learn_by_heart, lines, metrics, run, settings
 
 import clipbert
 import data
@@ -142,19 +142,11 @@ def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped
     tokens = tokenizer(words * 4, return_tensors="pt")  # all four captions of every image
     labels = torch.eye(4, dtype=torch.long).flatten()
     model = clipbert.ClipBertForPreTraining(clipbert.ClipBertConfig.tiny(len(tokenizer)))
-    optimizer = clipbert.build_optimizer(model)
-    for step in range(1, 301):
-        clipbert.set_step(optimizer, step, clipbert.learning_rate(step, 301, 1e-3))
-        _, itm = model(frames, tokens["input_ids"], tokens["attention_mask"])
-        loss = clipbert.itm_loss(itm, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss < 0.01:
-            break
+    text = tokens["input_ids"], tokens["attention_mask"]
+    learn_by_heart(model, lambda: clipbert.itm_loss(model(frames, *text)[1], labels), 300, 5e-4)
     with torch.no_grad():
-        _, right = model(frames, tokens["input_ids"], tokens["attention_mask"])
-        _, swapped = model(frames.roll(1, 0), tokens["input_ids"], tokens["attention_mask"])
+        _, right = model(frames, *text)
+        _, swapped = model(frames.roll(1, 0), *text)
     assert (right.argmax(1) == labels).all()
     assert (swapped.argmax(1) == labels.view(4, 4).roll(1, 0).flatten()).all()
 
