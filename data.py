@@ -675,9 +675,10 @@ def _version(path):
 
 @functools.cache  # a few hundred bytes per file
 def _probe(path, mtime, size):
+    # Pillow first: it knows after a few bytes, and GIF delays better than ffmpeg's one rate.
     try:
         return _probe_image(path)
-    except DataError:
+    except DataError:  # an image, but one that must not be read
         raise
     except Exception:  # noqa: BLE001 - no image, or damaged; ffmpeg forgives some damaged GIFs
         return _probe_video(path)
@@ -692,6 +693,7 @@ def read_frames(path, indices, size):
     - ffmpeg resizes videos, which saves time but is about two grey levels off `resize_and_pad`.
     """
     media, path = probe(path), os.path.abspath(path)
+    # Each frame is read once, in the order of the file, however often it is asked for.
     indices = [min(max(int(i), 0), media.num_frames - 1) for i in indices]
     wanted = sorted(set(indices))
     if not wanted:
@@ -742,6 +744,7 @@ def read_cached(path, kept, indices, size):
         for i in indices:
             k = min(round(i / kept["fps"] * kept["rate"]), kept["count"] - 1)
             jpeg = io.BytesIO(file.read(f"{k}.jpg"))
+            # JPEG alone: the file lies beside videos that anybody may have made.
             pixels.append(np.array(Image.open(jpeg, formats=("JPEG",))))
     # They have their size already; this only pads.
     return resize_and_pad(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), size)
@@ -771,7 +774,7 @@ def write_cached(path, size, rate):
                 for k, frame in zip(kept, frames.permute(0, 2, 3, 1).numpy(), strict=True):
                     with file.open(f"{k}.jpg", "w") as jpeg:  # 85: as cameras do, 1.2 MB for 15 s
                         Image.fromarray(frame[:h, :w]).save(jpeg, "JPEG", quality=85)
-    except DataError as error:
+    except DataError as error:  # said by `write_cache`: one bad video must not end all the others
         return 0, str(error)
     target = cached_file_of(path, size)
     target.parent.mkdir(exist_ok=True)
@@ -1397,14 +1400,23 @@ TOY_COLORS = {
     "red": "#dc2828", "green": "#28b43c", "blue": "#3c5af0", "yellow": "#f0dc32",
     "purple": "#a03cc8", "orange": "#fa8c1e", "white": "#f0f0f0", "pink": "#fa82be",
 }  # fmt: skip
+
+
+def quarter_turns(corners):
+    """These corners, and behind them the same, turned around (0, 0) by 90, 180 and 270 degrees."""
+    turned = []
+    for _ in range(4):
+        turned += corners
+        corners = [(-y, x) for x, y in corners]
+    return turned
+
+
 TOY_SHAPES = {  # corners around (0, 0), in units of the object's radius
-    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "square": quarter_turns([(-1, -1)]),
     "bar": [(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)],
     "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
-    "cross": [(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35), (1.2, -0.35), (1.2, 0.35), (0.35, 0.35),
-              (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35),
-              (-0.35, -0.35)],
-}  # fmt: skip
+    "cross": quarter_turns([(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35)]),
+}
 # Eight: a video shows two, and four others have to be its wrong options.
 TOY_ACTIONS = ["jump", "spin", "grow", "shrink", "blink", "split", "shine", "wave"]
 # Centres in pixels, between the moons (above 6) and the marks (below 57).
@@ -1597,6 +1609,7 @@ def toy_options(right, wrong, rng):
 def write_toy_tgif_qa(folder, train=1000, test=200):
     """TGIF-QA's layout: gifs/ and TAB-separated {Train,Test}_<kind>_question.csv for all four."""
     for split, count in (("Train", train), ("Test", test)):
+        # A random state for each split: its size changes nothing in the other one.
         rng = random.Random(f"{split} 0")
         videos = [toy_video(f"toy_{split.lower()}_{i:04d}", rng) for i in range(count)]
         for video in videos:
@@ -1628,6 +1641,7 @@ def toy_columns(video, kind, rng):
 
 def write_toy_coco(folder, train=2000, val=200):
     """COCO's layout: captions_{train,val}2017.json, {train,val}2017/<12 digits>.png."""
+    # Pretraining has no test: its validation says how well a masked word and a match are guessed.
     for split, first, count in (("train", 1, train), ("val", train + 1, val)):
         rng, images, said = random.Random(f"photos {split} 0"), [], []
         for number, photo in write_toy_photos(folder / f"{split}2017", "", first, count, rng):
@@ -1659,12 +1673,14 @@ def write_toy_vqa(folder, train=1500, test=200):
 
 def toy_vqa_question(photo, rng):
     """(question, answer, answer type): yes/no, number or other, as the official files name them."""
+    # .3: somewhat fewer than in the real data, as half of these answers come from a coin.
     if rng.random() < 0.3:
         # The true colour half of the time, else any of the eight: "yes" is right in 56%, so that
         # it can't be guessed.
         color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
         answer = "yes" if color == photo.color else "no"
         return f"is the {photo.shape} {color} ?", answer, "yes/no"
+    # Of the others, too, .3 ask for the action; an idle object does nothing to be asked for.
     acts = photo.action != "nothing" and rng.random() < 0.3
     name = "now" if acts else rng.choice(TOY_LOOKS)
     return *photo.ask(name).values(), "number" if name == "number" else "other"
@@ -1684,15 +1700,20 @@ def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
     said = [{"video_id": v.name, "caption": v.say(text)} for v in videos for text in TOY_SENTENCES]
     contents = {"videos": splits, "sentences": numbered("sen_id", said)}
     write_json(folder / "MSRVTT_data.json", contents)
+    # Retrieval's own split: the published file names the training videos alone, whose captions
+    # stand in MSRVTT_data.json. The test's file has one caption a video.
     write_table(folder / "MSRVTT_train.9k.csv", [{"video_id": v.name} for v in trains])
     first = [video.say(TOY_SENTENCES[0]) for video in tests]
     rows = [{"key": f"ret{i}", "vid_key": f"msr{i}", "video_id": f"video{i}", "sentence": text}
             for i, text in enumerate(first)]  # fmt: skip
     write_table(folder / "MSRVTT_JSFUSION_test.csv", rows)
+    # ActivityNet's test answers are secret: what the field calls its test is the file val_1.
     write_toy_msrvtt_split(folder, "train", "train", trains, rng)
     write_toy_msrvtt_split(folder, "test", "val_1", tests, rng)
+    # Multiple choice: the wrong options are the test captions of four other videos. No two test
+    # videos have the same content, so the right option is the only one that fits.
     lines = ""
-    for i, text in enumerate(first):  # the test captions of four other videos are the wrong options
+    for i, text in enumerate(first):
         options, place = toy_options(text, first[:i] + first[i + 1 :], rng)
         lines += json.dumps({"clip_name": f"video{i}", "options": options, "answer": place}) + "\n"
     (folder / "msrvtt_mc_test.jsonl").write_text(lines, encoding="utf-8")
@@ -1716,6 +1737,7 @@ def toy_msrvtt_videos(folder, train, test, rng):
 
 def write_toy_msrvtt_split(folder, split, activitynet, videos, rng):
     """Open questions (MSRVTT-QA) and paragraphs of two sentences (DiDeMo, ActivityNet)."""
+    # Three a video: each is drawn anew, so that the text, and not the video, says what is asked.
     questions = []
     for video in videos:
         ids = {"video_id": int(video.name.removeprefix("video"))}  # as published, without "video"
