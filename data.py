@@ -1673,7 +1673,7 @@ def write_toy_vqa(folder, train=1500, test=200):
 
 def toy_vqa_question(photo, rng):
     """(question, answer, answer type): yes/no, number or other, as the official files name them."""
-    # .3: somewhat fewer than in the real data, as half of these answers come from a coin.
+    # Three kinds, as in VQA v2: yes or no, a number, a word.
     if rng.random() < 0.3:
         # The true colour half of the time, else any of the eight: "yes" is right in 56%, so that
         # it can't be guessed.
