@@ -742,17 +742,24 @@ def probe(path):
     path = os.path.abspath(path)
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; check the path")
-    stat = os.stat(path)
-    if stat.st_size == 0:
+    version = _version(path)
+    if version[1] == 0:
         raise DataError(f"{path}: the file is empty; download it again or remove it")
-    return _probe(path, stat.st_mtime_ns, stat.st_size)
+    return _probe(path, *version)
+
+
+def _version(path):
+    """By what a changed file is known: when it was written, and its size."""
+    stat = os.stat(path)
+    return [stat.st_mtime_ns, stat.st_size]
 
 
 @functools.cache  # a few hundred bytes per file
 def _probe(path, mtime, size):
+    # Pillow first: it knows after a few bytes, and GIF delays better than ffmpeg's one rate.
     try:
         return _probe_image(path)
-    except DataError:
+    except DataError:  # an image, but one that must not be read
         raise
     except Exception:  # noqa: BLE001 - no image, or damaged; ffmpeg forgives some damaged GIFs
         return _probe_video(path)
@@ -767,6 +774,7 @@ def read_frames(path, indices, size):
     - ffmpeg resizes videos, which saves time but is about two grey levels off `resize_and_pad`.
     """
     media, path = probe(path), os.path.abspath(path)
+    # Each frame is read once, in the order of the file, however often it is asked for.
     indices = [min(max(int(i), 0), media.num_frames - 1) for i in indices]
     wanted = sorted(set(indices))
     if not wanted:
@@ -788,34 +796,25 @@ def cached_file_of(path, size):
 @contextlib.contextmanager
 def _cached_zip(path, size):
     """A video's cached file, open; whatever can't be read of it is damaged."""
+    target = cached_file_of(path, size)
     try:
-        with zipfile.ZipFile(cached_file_of(path, size)) as file:
+        with zipfile.ZipFile(target) as file:
             yield file
-    except FileNotFoundError:
-        raise
     except Exception:  # noqa: BLE001 - zipfile, json and Pillow raise almost anything
-        damaged = cached_file_of(path, size)
-        raise DataError(f"{damaged}: damaged; remove it and write it again") from None
+        raise DataError(f"{target}: damaged; remove it and write it again") from None
 
 
 def open_cached(path, size):
     """What about.json says; None if there is no cached file or the video has changed since.
 
     num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames kept of each
-    second. count: frames kept. source: the video's time and size, by which a change is noticed.
+    second. count: frames kept. source: the video's version, by which a change is noticed.
     """
-    try:
-        with _cached_zip(path, size) as file:
-            kept = json.loads(file.read("about.json"))
-            return kept if kept["source"] == _source(path) else None
-    except FileNotFoundError:
+    if not (os.path.exists(path) and cached_file_of(path, size).exists()):
         return None
-
-
-def _source(path):
-    """By what a changed video is known: when it was written, and its size."""
-    stat = os.stat(path)
-    return [stat.st_mtime_ns, stat.st_size]
+    with _cached_zip(path, size) as file:
+        kept = json.loads(file.read("about.json"))
+        return kept if kept["source"] == _version(path) else None
 
 
 def read_cached(path, kept, indices, size):
@@ -826,6 +825,7 @@ def read_cached(path, kept, indices, size):
         for i in indices:
             k = min(round(i / kept["fps"] * kept["rate"]), kept["count"] - 1)
             jpeg = io.BytesIO(file.read(f"{k}.jpg"))
+            # JPEG alone: the file lies beside videos that anybody may have made.
             pixels.append(np.array(Image.open(jpeg, formats=("JPEG",))))
     # They have their size already; this only pads.
     return resize_and_pad(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), size)
@@ -842,7 +842,7 @@ def write_cached(path, size, rate):
         media = probe(path)
         rate = min(rate, media.fps)
         count = math.ceil(media.num_frames / media.fps * rate)
-        about = {"source": _source(path), "num_frames": media.num_frames, "fps": media.fps,
+        about = {"source": _version(path), "num_frames": media.num_frames, "fps": media.fps,
                  "rate": rate, "count": count}  # fmt: skip
         if open_cached(path, size) == about:
             return 0, ""
@@ -853,16 +853,16 @@ def write_cached(path, size, rate):
                 kept = range(first, min(first + 64, count))
                 frames = read_frames(path, [round(k / rate * media.fps) for k in kept], size)
                 for k, frame in zip(kept, frames.permute(0, 2, 3, 1).numpy(), strict=True):
-                    with file.open(f"{k}.jpg", "w") as jpeg:
+                    with file.open(f"{k}.jpg", "w") as jpeg:  # 85: as cameras do, 1.2 MB for 15 s
                         Image.fromarray(frame[:h, :w]).save(jpeg, "JPEG", quality=85)
-    except DataError as error:
+    except DataError as error:  # said by `write_cache`: one bad video must not end all the others
         return 0, str(error)
     target = cached_file_of(path, size)
     target.parent.mkdir(exist_ok=True)
-    # Under another name first: a file that is there is whole.
+    # Under another name first: a file that is there is whole. Two processes never share a name.
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     part.write_bytes(content.getvalue())
-    os.replace(part, target)
+    part.replace(target)
     return target.stat().st_size, ""
 
 
@@ -879,7 +879,8 @@ def write_cache(folder, size, rate, workers):
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         results = list(tqdm(pool.map(write, videos), total=len(videos), unit=" videos"))
     sizes, errors = [size for size, _ in results if size], [error for _, error in results if error]
-    print("".join(f"left out: {error}\n" for error in errors), end="", file=sys.stderr)
+    for error in errors:
+        print(f"left out: {error}", file=sys.stderr)
     print(f"{folder}: {len(sizes):,} of {len(videos):,} videos written, "
           f"{sum(sizes) / 1e6:,.1f} MB; {len(videos) - len(sizes) - len(errors):,} were there, "
           f"{len(errors):,} cannot be read")  # fmt: skip
@@ -1480,14 +1481,23 @@ TOY_COLORS = {
     "red": "#dc2828", "green": "#28b43c", "blue": "#3c5af0", "yellow": "#f0dc32",
     "purple": "#a03cc8", "orange": "#fa8c1e", "white": "#f0f0f0", "pink": "#fa82be",
 }  # fmt: skip
+
+
+def quarter_turns(corners):
+    """These corners, and behind them the same, turned around (0, 0) by 90, 180 and 270 degrees."""
+    turned = []
+    for _ in range(4):
+        turned += corners
+        corners = [(-y, x) for x, y in corners]
+    return turned
+
+
 TOY_SHAPES = {  # corners around (0, 0), in units of the object's radius
-    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "square": quarter_turns([(-1, -1)]),
     "bar": [(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)],
     "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
-    "cross": [(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35), (1.2, -0.35), (1.2, 0.35), (0.35, 0.35),
-              (0.35, 1.2), (-0.35, 1.2), (-0.35, 0.35), (-1.2, 0.35), (-1.2, -0.35),
-              (-0.35, -0.35)],
-}  # fmt: skip
+    "cross": quarter_turns([(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35)]),
+}
 # Eight: a video shows two, and four others have to be its wrong options.
 TOY_ACTIONS = ["jump", "spin", "grow", "shrink", "blink", "split", "shine", "wave"]
 # Centres in pixels, between the moons (above 6) and the marks (below 57).
@@ -1680,6 +1690,7 @@ def toy_options(right, wrong, rng):
 def write_toy_tgif_qa(folder, train=1000, test=200):
     """TGIF-QA's layout: gifs/ and TAB-separated {Train,Test}_<kind>_question.csv for all four."""
     for split, count in (("Train", train), ("Test", test)):
+        # A random state for each split: its size changes nothing in the other one.
         rng = random.Random(f"{split} 0")
         videos = [toy_video(f"toy_{split.lower()}_{i:04d}", rng) for i in range(count)]
         for video in videos:
@@ -1711,6 +1722,7 @@ def toy_columns(video, kind, rng):
 
 def write_toy_coco(folder, train=2000, val=200):
     """COCO's layout: captions_{train,val}2017.json, {train,val}2017/<12 digits>.png."""
+    # Pretraining has no test: its validation says how well a masked word and a match are guessed.
     for split, first, count in (("train", 1, train), ("val", train + 1, val)):
         rng, images, said = random.Random(f"photos {split} 0"), [], []
         for number, photo in write_toy_photos(folder / f"{split}2017", "", first, count, rng):
@@ -1742,12 +1754,14 @@ def write_toy_vqa(folder, train=1500, test=200):
 
 def toy_vqa_question(photo, rng):
     """(question, answer, answer type): yes/no, number or other, as the official files name them."""
+    # Three kinds, as in VQA v2: yes or no, a number, a word.
     if rng.random() < 0.3:
         # The true colour half of the time, else any of the eight: "yes" is right in 56%, so that
         # it can't be guessed.
         color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
         answer = "yes" if color == photo.color else "no"
         return f"is the {photo.shape} {color} ?", answer, "yes/no"
+    # Of the others, too, .3 ask for the action; an idle object does nothing to be asked for.
     acts = photo.action != "nothing" and rng.random() < 0.3
     name = "now" if acts else rng.choice(TOY_LOOKS)
     return *photo.ask(name).values(), "number" if name == "number" else "other"
@@ -1767,15 +1781,20 @@ def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
     said = [{"video_id": v.name, "caption": v.say(text)} for v in videos for text in TOY_SENTENCES]
     contents = {"videos": splits, "sentences": numbered("sen_id", said)}
     write_json(folder / "MSRVTT_data.json", contents)
+    # Retrieval's own split: the published file names the training videos alone, whose captions
+    # stand in MSRVTT_data.json. The test's file has one caption a video.
     write_table(folder / "MSRVTT_train.9k.csv", [{"video_id": v.name} for v in trains])
     first = [video.say(TOY_SENTENCES[0]) for video in tests]
     rows = [{"key": f"ret{i}", "vid_key": f"msr{i}", "video_id": f"video{i}", "sentence": text}
             for i, text in enumerate(first)]  # fmt: skip
     write_table(folder / "MSRVTT_JSFUSION_test.csv", rows)
+    # ActivityNet's test answers are secret: what the field calls its test is the file val_1.
     write_toy_msrvtt_split(folder, "train", "train", trains, rng)
     write_toy_msrvtt_split(folder, "test", "val_1", tests, rng)
+    # Multiple choice: the wrong options are the test captions of four other videos. No two test
+    # videos have the same content, so the right option is the only one that fits.
     lines = ""
-    for i, text in enumerate(first):  # the test captions of four other videos are the wrong options
+    for i, text in enumerate(first):
         options, place = toy_options(text, first[:i] + first[i + 1 :], rng)
         lines += json.dumps({"clip_name": f"video{i}", "options": options, "answer": place}) + "\n"
     (folder / "msrvtt_mc_test.jsonl").write_text(lines, encoding="utf-8")
@@ -1799,6 +1818,7 @@ def toy_msrvtt_videos(folder, train, test, rng):
 
 def write_toy_msrvtt_split(folder, split, activitynet, videos, rng):
     """Open questions (MSRVTT-QA) and paragraphs of two sentences (DiDeMo, ActivityNet)."""
+    # Three a video: each is drawn anew, so that the text, and not the video, says what is asked.
     questions = []
     for video in videos:
         ids = {"video_id": int(video.name.removeprefix("video"))}  # as published, without "video"
@@ -2134,42 +2154,31 @@ def print_check(splits, found):
 # The command line
 
 
-def folder(text):
-    """The type of a flag that names an existing folder."""
-    if fault := no_folder(text):
-        raise argparse.ArgumentTypeError(fault)
-    return Path(text)
-
-
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes end in one line.
 
-    It has no list of all flags, which would hide what is wrong, but the word that was perhaps meant.
+    It has no list of all flags, which would hide what is wrong, but the word that was perhaps
+    meant.
     """
 
     def __init__(self, **options):
-        # no abbreviations: a shortened flag would change its meaning with the next flag that begins alike
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def parse_known_args(self, *given):
-        """Refuse unknown flags here, where a subcommand still knows its own ones."""
-        args, unknown = super().parse_known_args(*given)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return args, unknown
+        # No abbreviations: a shortened flag would change its meaning with the next flag that
+        # begins alike.
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def error(self, message):
         # argparse says what it did not understand, and behind a wrong choice what it would have;
         # of flags, its usage lists all.
         message = " ".join(message.split())
-        if wrong := re.search(r"(?:unrecognized arguments:|invalid choice:) '?([\w-]+)'?(.*)", message):
-            known = re.findall(r"[\w-]+", wrong[2] if "choice" in message else self.format_usage())
-            near = difflib.get_close_matches(wrong[1], known, n=1)
+        if wrong := re.search(r"(?:unrecognized arguments|invalid choice): '?([\w-]+)", message):
+            known = message.partition("choose from")[2] or self.format_usage()
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", known), n=1)
             message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
-    def numbers(self, *flags, kind=int, low=1, high=10**9, **options):
-        """Flags that take a number from low to high.
+    def numbers(self, flag, kind=int, low=1, high=10**9, **options):
+        """A flag that takes a number from low to high, or several.
 
         nan is in no range: each comparison with it is false. And inf is above all of them. So what
         the scripts compute with is a number, whatever was typed.
@@ -2182,82 +2191,115 @@ class Parser(argparse.ArgumentParser):
                 value = math.nan
             if not low <= value <= high:
                 what = "whole number" if kind is int else "number"
-                raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low:,} to {high:,}")
+                fault = f"{text!r} is not a {what} from {low:,} to {high:,}"
+                raise argparse.ArgumentTypeError(fault)
             return value
 
-        for flag in flags:
-            self.add_argument(flag, type=number, **options)
+        self.add_argument(flag, type=number, **options)
 
 
-def run_check(args):
-    """-> exit code: 1 if something should be mended before a run."""
+def folder(text):
+    """The type of a flag that names an existing folder."""
+    if fault := no_folder(text):
+        raise argparse.ArgumentTypeError(fault)
+    return Path(text)
+
+
+# A command adds its flags to a parser, and does what they say. The ranges are wide; they keep out
+# what no machine can hold.
+def toy_command(parser, arguments):
+    """Write the toy data."""
+    parser.add_argument("folder", type=Path)
+    toy_data(folder=parser.parse_args(arguments).folder)
+
+
+def check_command(parser, arguments):
+    """Read all annotations and media headers, and list what is wrong.
+
+    Exit code 1: something should be mended before a run.
+    """
+    names = [*ALIASES, *LAYOUTS]
+    parser.add_argument("--task", default="tgif_qa", choices=names, metavar="TASK",
+                        help=", ".join(names))  # fmt: skip
+    parser.add_argument("--data", type=folder, help="the data set's folder (default: the toy data)")
+    parser.numbers("--text_length", low=3, high=512, help="tokens of a text (default: the task's)")
+    args = parser.parse_args(arguments)
     task = ALIASES.get(args.task, args.task)
     layout = LAYOUTS[task]
-    where, length = args.data or toy_data(layout.toy) / layout.toy, args.text_length or layout.text_length
+    where = args.data or toy_data(layout.toy) / layout.toy
+    length = args.text_length or layout.text_length
     splits, found = check(layout, where, length)
     print(f"{task} in {where}; texts of at most {length} tokens\n")
     print_check(splits, found)
-    # "mend", not "stop": a test whose videos are mostly unreadable runs to its end, and means nothing
-    stops = [what for what, remedy in FINDINGS.items() if remedy[0] == "!" and any(what == kind for kind, *_ in found)]
-    print(f"\nmend this before a run: {', '.join(stops)}" if stops else "\nnothing here would stop a run")
+    # "mend", not "stop": a test whose videos are mostly unreadable runs to its end, and means
+    # nothing.
+    kinds = {kind for kind, *_ in found}
+    stops = ", ".join(kind for kind in FINDINGS if kind in kinds and FINDINGS[kind][0] == "!")
+    print(f"\nmend this before a run: {stops}" if stops else "\nnothing here would stop a run")
     return bool(stops)
 
 
-def run_show(args):
-    contact_sheet(args.video, args.clips, args.frames, args.fps, args.size, args.seed).save(args.out)
+def cache_command(parser, arguments):
+    """Decode each video once, into small files for --cache."""
+    parser.add_argument("--data", type=folder, required=True, help="the data set's folder")
+    # Four a second: a frame is then at most 1/8 s away from the one that a clip asks for.
+    parser.numbers("--fps", float, 0.01, 1000, default=4.0,
+                   help="frames kept of each second (default: 4)")  # fmt: skip
+    parser.numbers("--size", low=16, high=6400, default=448, help="as in training (default: 448)")
+    parser.numbers("--workers", high=256, default=os.cpu_count(),
+                   help="videos at once (default: one a core)")  # fmt: skip
+    args = parser.parse_args(arguments)
+    write_cache(args.data, args.size, args.fps, args.workers)
+
+
+def show_command(parser, arguments):
+    """Draw a video's clips and frames.
+
+    By default as the paper's model sees them: 448 pixels, clips of two frames, half a second apart.
+    """
+    parser.add_argument("video", type=Path)
+    parser.numbers("--clips", high=64, default=4)
+    parser.numbers("--frames", high=64, default=2)
+    parser.numbers("--size", low=16, high=2048, default=448)
+    parser.numbers("--fps", float, 0.001, 1000, default=2.0,
+                   help="a clip of T frames spans T / fps s")  # fmt: skip
+    parser.numbers("--seed", low=0,
+                   help="random clips, as in training, of this seed "
+                        "(default: uniform ones)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default="sheet.png")
+    args = parser.parse_args(arguments)
+    sheet = contact_sheet(args.video, args.clips, args.frames, args.fps, args.size, args.seed)
+    sheet.save(args.out)
     print(f"{args.out}: {args.clips} clips of {args.frames} frames")
 
 
-def parse_arguments(arguments):
-    """The four commands; `run` is the function of the one that was chosen.
-
-    What is not asked for is as the paper's model has it: 448 pixels, and clips of two frames, half a
-    second apart. Ranges are wide; they keep out what no machine can hold.
-    """
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="write the toy data")
-    toy.add_argument("folder", type=Path)
-    toy.set_defaults(run=lambda args: toy_data(folder=args.folder) and None)
-    checking = commands.add_parser("check", help="read all annotations and media headers, list what is wrong")
-    names = [*ALIASES, *LAYOUTS]
-    checking.add_argument("--task", default="tgif_qa", choices=names, metavar="TASK", help=", ".join(names))
-    checking.add_argument("--data", type=folder, help="the data set's folder (default: the toy data)")
-    checking.numbers("--text_length", low=3, high=512, help="tokens of a text (default: the task's)")
-    checking.set_defaults(run=run_check)
-    small = commands.add_parser("cache", help="decode each video once, into small files for --cache")
-    small.add_argument("--data", type=folder, required=True, help="the data set's folder")
-    small.numbers("--fps", kind=float, low=0.01, high=1000, default=4.0, help="frames kept of each second (default: 4)")
-    small.numbers("--size", low=16, high=6400, default=448, help="as in training (default: 448)")
-    small.numbers("--workers", high=256, default=os.cpu_count(), help="videos at once (default: one a core)")
-    small.set_defaults(run=lambda args: write_cache(args.data, args.size, args.fps, args.workers))
-    showing = commands.add_parser("show", help="draw a video's clips and frames")
-    showing.add_argument("video", type=Path)
-    showing.numbers("--clips", high=64, default=4)
-    showing.numbers("--frames", high=64, default=2)
-    showing.numbers("--size", low=16, high=2048, default=448)
-    showing.numbers("--fps", kind=float, low=0.001, high=1000, default=2.0, help="a clip of T frames spans T / fps s")
-    showing.numbers("--seed", low=0, help="random clips, as in training, of this seed (default: uniform ones)")
-    showing.add_argument("--out", type=Path, default="sheet.png")
-    showing.set_defaults(run=run_show)
-    return parser.parse_args(arguments)
+COMMANDS = {"toy": toy_command, "check": check_command, "cache": cache_command,
+            "show": show_command}  # fmt: skip
 
 
 def main(arguments=None):
     """Run a command: the one place where an error becomes a line.
 
-    A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import. What
-    is no mistake of the user's, but ours, keeps its traceback.
+    A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import.
+    What is no mistake of the user's, but ours, keeps its traceback.
     """
-    args = parse_arguments(arguments)
+    parser = Parser(description=__doc__)
+    parser.add_argument("command", choices=COMMANDS)
+    # What follows the command is read by its own parser, which knows its flags.
+    parser.add_argument("flags", nargs=argparse.REMAINDER)
+    given = parser.parse_args(arguments)
+    command = COMMANDS[given.command]
+    own = Parser(prog=f"data.py {given.command}", description=command.__doc__)
     try:
-        sys.exit(args.run(args))
+        sys.exit(command(own, given.flags))
     except ValueError as error:  # DataErrors, and --out with an ending that no picture has
         message = str(error)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}; choose another place" if error.filename else str(error)
+        remedy = f"{error.filename}: {error.strerror}; choose another place"
+        message = remedy if error.filename else str(error)
     except BrokenExecutor:
-        message = "a process that read the files was killed, perhaps for memory: try fewer --workers"
+        message = ("a process that read the files was killed, perhaps for memory: "
+                   "try fewer --workers")  # fmt: skip
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -91,9 +91,9 @@ def test_no_caption_fits_two_test_videos(toy):
 
 def test_every_photo_has_all_its_captions(toy):
     """A photo's captions are a closed list: what is not on it is wrong of the photo."""
-    images = data.caption_groups(data.read_captions(toy / "coco_captions", "train"), 6)
+    images = data.caption_groups(data.read_examples("pretrain", toy / "coco_captions", "train"), 6)
     assert [len(set(image.captions)) for image in images] == [len(data.TOY_CAPTIONS)] * 20
-    others = data.caption_groups(data.read_captions(toy / "coco_captions", "val"), 6)
+    others = data.caption_groups(data.read_examples("pretrain", toy / "coco_captions", "val"), 6)
     assert not {image.video for image in images} & {image.video for image in others}
 
 
