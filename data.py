@@ -2002,7 +2002,8 @@ def contact_sheet(path, n_clips, n_frames, target_fps, size, seed=None):
         pictures.append((picture(frame, media), caption, colors[i // n_frames]))
     how = f"at random, as in training (seed {seed})."
     if seed is None:  # those who wonder why the end is never looked at find the reason here
-        how = "uniform, as in testing: clip i starts at f i / N, i = 0 .. N - 1, with f = length - clip (N = 1: f / 2)."
+        how = ("uniform, as in testing: clip i starts at f i / N, i = 0 .. N - 1, with f = length - clip (N = 1: f / 2), "
+               "so that the last part of a video is never seen.")  # fmt: skip
     h, w = resized_shape(media.height, media.width, size)
     pixels = f"Pixels: {media.width} x {media.height}, resized to {w} x {h}, padded to {size} x {size}."
     strips = [time_line(media, clips, n_frames / target_fps, colors)]
