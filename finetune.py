@@ -218,10 +218,15 @@ def where(s):
     return " ".join(map(str, s.data)) if s.data else f"toy_data/{data.LAYOUTS[s.task].toy}"
 
 
+def folders(s):
+    """The data set's folders; without --data that of the toy data, which is written if need be."""
+    toy = data.LAYOUTS[s.task].toy
+    return s.data or [data.toy_data(toy) / toy]
+
+
 def load_examples(s, split):
     """The examples of a split. Missing videos stop the run, unless --allow_missing."""
-    toy = data.LAYOUTS[s.task].toy
-    examples = data.read_examples(s.task, s.data or [data.toy_data(toy) / toy], split)[: s.limit]
+    examples = data.read_examples(s.task, folders(s), split)[: s.limit]
     return data.without_missing(examples, split, where(s), s.allow_missing)
 
 
@@ -244,9 +249,9 @@ def new_model(s, state, examples):
     """
     task, layout, answers = TASKS[s.task], data.LAYOUTS[s.task], None
     if task.kind in ("answer", "soft"):
-        folder = s.data[0] if s.data else data.toy_data(layout.toy) / layout.toy
-        # The official checkpoints come with a list of theirs; else training's most frequent ones.
-        answers = data.read_answer_list(folder) or data.answer_list(examples, layout.top_answers)
+        # A list in the folder, as the official checkpoints have one; else training's most frequent.
+        listed = data.read_answer_list(folders(s)[0])
+        answers = listed or data.answer_list(examples, layout.top_answers)
     # VQA's outputs are its list; the others may have more outputs than answers, as the reference.
     outputs = len(answers) if layout.top_answers else max(task.outputs, len(answers or []))
     texts = (text for example in examples for text in data.input_texts(example))
