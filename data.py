@@ -61,9 +61,9 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 from transformers.utils import cached_file
 
-# MAX_PIXELS, below, is stricter
+# Pillow's warning of large images; MAX_PIXELS, below, is stricter.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# the data loader's workers are parallel enough
+# The tokenizer's own threads are not needed: the data loader's workers are parallel enough.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -85,8 +85,7 @@ def sample_clips(
     num_frames: int, fps: float, n_clips: int, n_frames: int, target_fps: float, train: bool,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sparse sampling: choose n_clips short clips of n_frames frames; returns int64 (n_clips,
-    n_frames) frame indices.
+    """Sparse sampling: n_clips short clips of n_frames frames -> int64 (n_clips, n_frames) indices.
 
         clip i starts, with f = length - clip, at    random in [0, f]           in training
                                                      f i / N, i = 0 .. N - 1    in testing
@@ -95,8 +94,7 @@ def sample_clips(
     A clip spans n_frames / target_fps seconds. Two or more frames include both of its ends: at 30
     fps, two frames "at 2 fps" are 29 frames apart. A single frame is the clip's first.
     - one test clip sits in the middle, as in the paper (its first frame thus half a clip before the
-      video's middle);
-      the reference code takes the start of the video.
+      video's middle); the reference code takes the start of the video.
     - a clip longer than the video (f = 0) repeats the last frame, as the reference does.
     """
     clip = n_frames / target_fps * fps  # frames that a clip spans
@@ -115,18 +113,16 @@ def sample_clips(
 
 # -------------------------------------------------- which pixels
 def resized_shape(height, width, size):
-    """(h, w) with the long side equal to `size`; the short side is truncated, never below one
-    pixel."""
+    """(h, w): the long side becomes `size`, the short one is truncated, to a pixel at least."""
     long = max(height, width)
     return max(int(height * size / long), 1), max(int(width * size / long), 1)
 
 
 def resize_and_pad(frames, size):
-    """(..., 3, H, W) -> (..., 3, size, size): long side to `size` (small frames grow too), zeros
-    right and bottom.
+    """(..., 3, H, W) -> (..., 3, size, size): the long side to `size`, zeros right and bottom.
 
-    Float in, float out: the reference's numbers (bilinear, no antialiasing). uint8 in, uint8 out:
-    the same, rounded.
+    Small frames grow, too. Float in, float out: the reference's numbers (bilinear, no
+    antialiasing). uint8 in, uint8 out: the same, rounded.
     """
     *lead, C, H, W = frames.shape  # any leading axes, channels, height, width
     h, w = resized_shape(H, W, size)
@@ -140,11 +136,10 @@ def resize_and_pad(frames, size):
 
 # -------------------------------------------------- a file's clips: its frames come from `read_frames`, far below
 def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None, cache=False):
-    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes. Raises
-    DataError.
+    """uint8 (n_clips, n_frames, 3, size, size) RGB, sampled as `sample_clips` describes.
 
-    cache: take the nearest frames that `python data.py cache` kept, where it did; the clips are the
-    same.
+    Raises DataError. cache: take the nearest frames that `python data.py cache` kept, where it did;
+    the clips are the same.
     """
     kept = cache and open_cached(path, size)
     num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
@@ -159,14 +154,12 @@ def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None,
 
 
 def build_tokenizer(vocabulary):
-    """A lower-casing WordPiece tokenizer over a list of tokens; the position in the list is the
-    id."""
+    """A lower-casing WordPiece tokenizer over a list of tokens; a token's place in it is its id."""
     return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
 
 
 def read_vocabulary(bert=None, offline=False):
-    """A BERT's tokens, 30,522 of them in bert-base-uncased's: vocab.txt of a local folder or of a
-    name of the hub's.
+    """A BERT's tokens (bert-base-uncased: 30,522): vocab.txt of a folder, or of the hub's.
 
     offline: only a copy of the hub's that an earlier run has left on this machine.
     """
@@ -175,33 +168,26 @@ def read_vocabulary(bert=None, offline=False):
         vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         reason = str(error).splitlines()[0][:150]
-        raise DataError(
-            f"no vocabulary ({reason}): give --bert DIR, a folder with BERT's vocab.txt"
-        ) from None
-    if missing := set(SPECIAL_TOKENS) - set(vocabulary):
-        raise DataError(
-            f"{path}: {', '.join(sorted(missing))} missing; this is not a BERT vocabulary"
-        )
+        remedy = "give --bert DIR, a folder with BERT's vocab.txt"
+        raise DataError(f"no vocabulary ({reason}): {remedy}") from None
+    if missing := sorted(set(SPECIAL_TOKENS) - set(vocabulary)):
+        raise DataError(f"{path}: {', '.join(missing)} missing; this is not a BERT vocabulary")
     return vocabulary
 
 
 def words_of(text):
-    """Words and marks in lower case, as BERT's tokenizer first cuts a text; it may cut them
-    further."""
+    """Words and marks in lower case, as BERT's tokenizer first cuts a text, before WordPiece."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
 def vocabulary_from_text(texts, size=10_000):
-    """A vocabulary without any download: BERT's special tokens, single characters, then the most
-    frequent words.
+    """A vocabulary without a download: BERT's special tokens, characters, the most frequent words.
 
     With every character as a first piece ("a") and as a continuation ("##a"), WordPiece can spell
     any new word.
     """
     words = Counter(word for text in texts for word in words_of(text))
-    characters = sorted(
-        {c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz0123456789")
-    )
+    characters = sorted({*"abcdefghijklmnopqrstuvwxyz0123456789", *(c for w in words for c in w)})
     common = sorted((w for w in words if len(w) > 1), key=lambda w: (-words[w], w))
     return SPECIAL_TOKENS + characters + ["##" + c for c in characters] + common[:size]
 
@@ -213,9 +199,7 @@ def vocabulary_from_text(texts, size=10_000):
 class Example(NamedTuple):
     """One row of an annotation file: a video (or image), its text, the answer."""
 
-    # as the file has it, else its place there; only for a reader of predictions, and perhaps not
-    # unique
-    id: str
+    id: str  # as the file has it, else its place there; perhaps not unique: for readers alone
     video: str  # name as the annotation gives it
     text: str  # question or caption; "" in MSRVTT-MC, where the options are the captions
     options: tuple = ()  # answer options of multiple choice
@@ -228,8 +212,7 @@ class Example(NamedTuple):
 
 
 def generator_of(*key):
-    """A random generator for each key, such as (seed, "clips", epoch, index): other numbers for any
-    other key.
+    """A random generator of its own for each key, such as (seed, "clips", epoch, index).
 
     Sums like seed + epoch would not do: epoch 1 of seed 0 would be epoch 0 of seed 1, and what is
     measured with several seeds would not be independent. A hash mixes the parts of the key, the
@@ -240,33 +223,29 @@ def generator_of(*key):
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """Examples with their sampled clips. Items are asked for as (epoch, index): see
-    `training_order`.
+    """Examples with their sampled clips; items are asked for as (epoch, index): `training_order`.
 
     The random clips of an item depend on (seed, epoch, index) alone, not on which worker reads it
     or when: two runs, with any number of workers, stopped and resumed or not, see the same frames.
     """
 
     def __init__(self, examples, s, *, n_clips, train, draw=None):
-        """s: the settings (frames, fps, size, seed, blind, cache). n_clips: N. draw: see
-        `CaptionDraw`."""
-        self.examples, self.s, self.n_clips, self.train, self.draw = (
-            examples,
-            s,
-            n_clips,
-            train,
-            draw,
-        )
+        """s: settings (frames, fps, size, seed, blind, cache). n_clips: N. draw: CaptionDraw."""
+        self.examples, self.s, self.n_clips = examples, s, n_clips
+        self.train, self.draw = train, draw
 
     def __len__(self):
         return len(self.examples)
 
     def __getitem__(self, key):
-        """-> {"example", "frames" (N, T, 3, L, L) uint8, "texts", "unreadable"}; with draw "target"
-        and "generator"."""
+        """-> {"example", "frames" (N, T, 3, L, L) uint8, "texts", "unreadable": error lines}.
+
+        With draw also "target", the captions' labels, and "generator", for the words to mask.
+        """
         epoch, index = key
         clips, unreadable = generator_of(self.s.seed, "clips", epoch, index), []
-        # an unreadable video is replaced by the next example in training ...
+        # In training an unreadable video is replaced by the next example's. Twenty in a row are no
+        # accident: the data are not where they should be.
         for attempt in range(20):
             example = self.examples[(index + attempt) % len(self)]
             try:
@@ -274,42 +253,36 @@ class ClipDataset(torch.utils.data.Dataset):
                 break
             except DataError as error:
                 unreadable.append(str(error))
-                # ... and answered blindly, that is, counted as wrong, in evaluation
-                if not self.train:
+                if not self.train:  # in evaluation it counts as wrong, whatever is said of black
                     frames = self.black()
                     break
         else:
             raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
-        item = {
-            "example": example,
-            "frames": frames,
-            "texts": input_texts(example),
-            "unreadable": unreadable,
-        }
+        item = {"example": example, "frames": frames, "texts": input_texts(example),
+                "unreadable": unreadable}  # fmt: skip
         if self.draw:  # the generator's later numbers choose the words to mask
             item["generator"] = generator_of(self.s.seed, "texts", epoch, index)
             item["texts"], item["target"] = self.draw(example, item["generator"])
         return item
 
     def read(self, example, generator):
+        """Its clips (N, T, 3, L, L); with --blind none is even opened."""
         s = self.s
         if s.blind:
             return self.black()
         if example.path is None:
             raise DataError(f"{example.video}: no such video")
-        return read_clips(
-            example.path, self.n_clips, s.frames, s.fps, s.size, self.train, generator, s.cache
-        )
+        return read_clips(example.path, self.n_clips, s.frames, s.fps, s.size, self.train,
+                          generator, s.cache)  # fmt: skip
 
     def black(self):
-        return torch.zeros(
-            (self.n_clips, self.s.frames, 3, self.s.size, self.s.size), dtype=torch.uint8
-        )
+        """What is seen of a video that is not: zeros, as the padding of frames."""
+        shape = self.n_clips, self.s.frames, 3, self.s.size, self.s.size
+        return torch.zeros(shape, dtype=torch.uint8)
 
 
 def training_order(n_examples, batch_size, n_batches, seed, start=0):
-    """Yield batch number start, start + 1, ..., n_batches - 1, as lists of batch_size keys (epoch,
-    index).
+    """Yield batches start, start + 1, ..., n_batches - 1: lists of batch_size keys (epoch, index).
 
     One endless stream of examples, every epoch shuffled anew, is cut into batches: one may span the
     end of an epoch, none is short. So two batches of 16 are the same examples as one of 32,
@@ -320,9 +293,8 @@ def training_order(n_examples, batch_size, n_batches, seed, start=0):
 
     def stream():
         for epoch in itertools.count(first_epoch):
-            for i in torch.randperm(
-                n_examples, generator=generator_of(seed, "order", epoch)
-            ).tolist():
+            generator = generator_of(seed, "order", epoch)
+            for i in torch.randperm(n_examples, generator=generator).tolist():
                 yield epoch, i
 
     keys = islice(stream(), first, None)
@@ -337,8 +309,7 @@ def ordered_batches(n_examples, batch_size):
 
 
 class Collator:
-    """A list of items to tensors. n texts per example: 1; in multiple choice, its options; else as
-    many as are drawn.
+    """A list of items to tensors; n texts an example: its options, the drawn captions, else one.
 
     frames (B, N, T, 3, L, L) uint8; input_ids, attention_mask (B*n, Lt), 1 keep, 0 pad; target
     (B,), with soft scores (B, K), of drawn captions (B*n,); with a mask_rate mlm_labels (B*n, Lt);
@@ -364,8 +335,7 @@ class Collator:
             "examples": [item["example"] for item in items],
             "unreadable": [item["unreadable"] for item in items],
         }
-        # before padding: what is masked must not depend on the other texts of the batch
-        if self.mask_rate:
+        if self.mask_rate:  # before padding: masks must not depend on a batch's other texts
             generators = [item["generator"] for item in items for _ in item["texts"]]
             masked = [mask_tokens(row, self.tokenizer, generator, self.mask_rate)
                       for row, generator in zip(ids, generators, strict=True)]  # fmt: skip
@@ -374,20 +344,16 @@ class Collator:
         return batch | {"input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id)}
 
     def target(self, example):
-        """What the loss wants: an option's index, an answer's label (-1: not in the list), all soft
-        scores, a count."""
+        """What the loss wants: an option's index, an answer's label, all soft scores, a count."""
         if isinstance(example.answer, dict):
             return [float(example.answer.get(answer, 0)) for answer in self.labels]
-        return (
-            self.labels.get(example.answer, -1)
-            if isinstance(example.answer, str)
-            else example.answer or 0
-        )
+        if isinstance(example.answer, str):
+            return self.labels.get(example.answer, -1)  # -1: not in the list; only in testing
+        return example.answer or 0  # 0 of a caption, which has no answer
 
 
 def input_texts(example):
-    """Multiple choice: "question option" as one sequence per option, as the reference; else the
-    text alone."""
+    """Multiple choice: "question option" for each option, as the reference; else the text alone."""
     return [f"{example.text} {option}".strip() for option in example.options] or [example.text]
 
 
@@ -395,24 +361,23 @@ def data_loader(dataset, batches, collate, workers):
     """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=outlive_signals,
-        # or each loader would draw on the random state that a resumed run restores
-        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals,
+        generator=torch.Generator(),  # or loaders would draw on the state that --resume restores
     )  # fmt: skip
 
 
 def outlive_signals(worker):
-    """Ctrl-C and SIGTERM may reach every process at once, and the main one wants to finish its
-    step: its workers ignore the one and outlive the other by ten seconds."""
+    """Ctrl-C and SIGTERM may reach every process, but the main one wants to finish its step.
+
+    So its workers ignore the one, and outlive the other by ten seconds.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 # -------------------------------------------------- captions: some of them wrong (ITM, retrieval), words masked (MLM)
 def caption_groups(examples, n):
-    """Examples of one caption each to examples of n captions of one image, as the reference groups
-    them in pretraining.
+    """Examples of one caption each to examples of n captions of one image, as the reference has it.
 
     An epoch shows every caption once, an image as often as it has groups: of 5 captions with n = 2,
     3 times. A caption that stands twice under an image counts once.
@@ -425,8 +390,7 @@ def caption_groups(examples, n):
 
 
 class CaptionDraw:
-    """Draws n captions for a video, by turns one of its own and one of another video's: a match and
-    a mismatch.
+    """Draws n captions for a video, by turns one of its own, a match, and another's, a mismatch.
 
     Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss
     of a coin: as many right as wrong ones per video. Otherwise ITM begins by learning which
@@ -442,35 +406,31 @@ class CaptionDraw:
             self.own.setdefault(example.video, set()).update(text.lower() for text in said)
 
     def __call__(self, example, generator):
-        """-> n captions, n labels: 1 if it is the video's own, 0 if another's. Own ones repeat if
-        there are too few."""
+        """-> n captions, n labels: 1 the video's own, 0 another's. Too few own ones repeat."""
         own = example.captions or (example.text,)
         order = torch.randperm(len(own), generator=generator).tolist()
         texts = [own[order[i % len(own)]] for i in range(self.n)]
         coin = torch.randint(2, (), generator=generator).item()
         labels = [(i + coin) % 2 for i in range(self.n)]
-        return [
-            text if label else self.mismatch(example, generator)
-            for text, label in zip(texts, labels)
-        ], labels
+        for i, label in enumerate(labels):
+            if not label:
+                texts[i] = self.mismatch(example, generator)
+        return texts, labels
 
     def mismatch(self, example, generator):
-        """A caption of another video, drawn at random until it is one that is not said of this
-        video, too."""
-        for _ in range(100):
+        """A caption of another video, drawn at random until it is none that is said of this one."""
+        for _ in range(100):  # there are none left only if all captions are alike
             other = self.examples[torch.randint(len(self.examples), (), generator=generator)]
             captions = other.captions or (other.text,)
             caption = captions[torch.randint(len(captions), (), generator=generator)]
             if caption.lower() not in self.own[example.video]:
                 return caption
-        raise DataError(
-            f"{example.video}: every caption is said of every video; there is nothing to tell apart"
-        )
+        raise DataError(f"{example.video}: every caption is said of every video; there is nothing "
+                        "to tell apart")  # fmt: skip
 
 
 def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
-    """BERT's masking: of 15% of the tokens, 80% become [MASK], 10% a random token, and 10% stay
-    what they are.
+    """BERT's masking: of 15% of the tokens, 80% become [MASK], 10% a random one, 10% stay as is.
 
     -> (input_ids with these changes, labels: the token at those 15%, -100 elsewhere). The random
     and the unchanged ones are there because no text has a [MASK] after pretraining: any word may
