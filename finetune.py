@@ -45,9 +45,8 @@ from clipbert import setting
 class Settings(clipbert.Settings):
     """What fine-tuning can be told. L, batch and learning rate are the paper's for TGIF-QA."""
 
-    task: str = setting(
-        "tgif_qa_action", "what to learn", choices=[*data.ALIASES, *data.LAYOUTS], metavar="TASK"
-    )
+    task: str = setting("tgif_qa_action", "what to learn", metavar="TASK",
+                        choices=[*data.ALIASES, *(task for task in data.LAYOUTS if task != "pretrain")])  # fmt: skip
     lr: float = setting(1e-4, "the learning rate's peak", low=0, high=1)
     text_length: int = setting(
         None, "Lt at most, [CLS] and [SEP] included (default: the task's)", low=3, high=512
@@ -613,16 +612,17 @@ def run_prediction(given):
     kind, n = TASKS[s.task].kind, max(s.test_clips)
     if (kind == "choice") != (len(s.options) > 1) and kind != "match":
         raise ValueError(f"--task {s.task}: multiple choice, and only that, takes --options A B ...")
-    example = data.Example("0", Path(s.predict).name, s.question, tuple(s.options), answer=0, path=s.predict)
+    # Of a retrieval model all are captions, and nothing is asked.
+    text, options = ("", (s.question, *s.options)) if kind == "match" else (s.question, s.options)
+    example = data.Example("0", Path(s.predict).name, text, options, answer=0, path=s.predict)
     media = data.probe(s.predict)
     clips = data.sample_clips(media.num_frames, media.fps, n, s.frames, s.fps, False)
     seen, known = look(s, model, collate, example, n), collate.tokenizer.get_vocab()
     unknown = [word for text in (s.question, *s.options) for word in data.words_of(text) if word not in known]
     if s.model == "tiny" and unknown:
         print(f"note: a toy model, which has never read {', '.join(unknown)}: it can only guess")
-    print(f"{example.video}, {n} clips of {s.frames} frames: {s.question}")
-    if kind == "match":
-        print("  how likely each caption is this video's, for itself:")
+    asked = "how likely each caption is this video's, for itself" if kind == "match" else text
+    print(f"{example.video}, {n} clips of {s.frames} frames: {asked}")
     for i in best_first(seen.ranking):
         score = seen.ranking[i].item()
         print(f"  {score:.2f}" if kind == "count" else f"  {score:6.1%}  {seen.names[i]}")

@@ -188,6 +188,19 @@ def test_predict_ranks_the_given_options(toy_tgif_qa, tmp_path, capsys):
     assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.5
 
 
+def test_predict_judges_each_caption_for_itself(tmp_path, capsys):
+    """--question and --options of a retrieval model are captions, scored as one of them alone is."""
+    data.write_toy_msrvtt(tmp_path / "toy", train=8, test=8)
+    run(finetune, "--task", "msrvtt_retrieval", "--data", tmp_path / "toy", "--out", tmp_path / "run", "--max_steps", 1,
+        "--batch_size", 2, "--test_clips", 1)  # fmt: skip
+    said, captions = [], ["the star does jump", "a blue square", "it spins"]
+    for given in (["--question", captions[0], "--options", *captions[1:]], *(["--question", text] for text in captions)):
+        capsys.readouterr()
+        run(finetune, "--eval", tmp_path / "run" / "best.pt", "--predict", next((tmp_path / "toy").rglob("*.gif")), *given)
+        said.append(capsys.readouterr().out.split("itself\n")[1].splitlines())
+    assert sorted(said[0]) == sorted(line for lines in said[1:] for line in lines) and len(said[0]) == 3
+
+
 def judged(task, example, scores, readable=True, answers=None):
     row = finetune.judge(finetune.TASKS[task], example, torch.tensor(scores), readable, answers)
     return row["prediction"], row.get("accuracy")
