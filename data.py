@@ -847,17 +847,16 @@ def write_cache(folder, size, rate, workers):
 
 
 def check_cached(examples, s):
-    """With --cache, say how many of the examples' videos are cached, none is an error; without, that there is a cache."""
+    """With --cache, say how many of the videos are cached, none is an error; without, that it can be had."""
     paths = sorted({example.path for example in examples if example.path})
+    remedy = f"python data.py cache --data {os.path.dirname(paths[0])} --size {s.size}"
     if not s.cache:
-        if any(path.lower().endswith(VIDEOS[1:]) for path in paths):  # all but GIFs, which Pillow reads in no time
-            print("note: `python data.py cache --data DIR` decodes the videos once; --cache then reads them much faster")
+        if any(path.lower().endswith(VIDEOS[1:]) for path in paths):  # GIFs: Pillow reads them in no time
+            print(f"note: `{remedy}` decodes these videos once; --cache then reads them much faster")
         return
-    folder, size = os.path.dirname(paths[0]), s.size
-    count = sum(open_cached(path, size) is not None for path in paths)
-    remedy = f"python data.py cache --data {folder} --size {size}"
+    count = sum(open_cached(path, s.size) is not None for path in paths)
     if not count:
-        raise DataError(f"{folder}: no video is cached at {size} pixels; write them first: {remedy}")
+        raise DataError(f"no video is cached at {s.size} pixels; write them first: {remedy}")
     print(f"cache: {count:,} of {len(paths):,} videos (the rest is decoded; {remedy} adds it)")
 
 

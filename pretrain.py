@@ -163,7 +163,7 @@ def load_folder(s, folder):
         # Seed 0, whatever --seed is: --eval with another seed would hold out other images, on which
         # the checkpoint may have been trained.
         random.Random(0).shuffle(images)
-        images = images[: -(-len(images) // 10)]
+        images = images[: max(2, len(images) // 10)]  # one has no other to be confused with
         print(f"{folder}: no validation captions, so {len(images[:MOST_VALIDATION]):,} images are "
               "held out")  # fmt: skip
         val, train = (
