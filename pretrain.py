@@ -60,10 +60,11 @@ class Settings(clipbert.Settings):
 # What the tiny model changes. From random weights ITM stays at ln(2) for hundreds of steps, the
 # longer, the more MLM weighs: its large, easy gains (which word follows which, without looking)
 # teach attention to leave the picture alone. Hence the reference's average over all positions, that
-# is, a small weight, and a low learning rate. No toy caption has more than 9 tokens, so
-# text_length, by which that average divides, is theirs; a photo has 6.
-TINY = {"size": 64, "captions": 6, "text_length": 9, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200,
-        "eval_every": 400, "mlm_over": "all"}  # fmt: skip
+# is, a small weight, and a low learning rate.
+TINY = {"size": 64, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200, "eval_every": 400,
+        "mlm_over": "all"}  # fmt: skip
+# No toy caption has more than 9 tokens, by which that average then divides; a photo has 6 of them.
+TOY = {"captions": 6, "text_length": 9}
 
 # Images of a folder: all of COCO's would be more forward passes than the training between.
 MOST_VALIDATION = 2000
@@ -75,7 +76,8 @@ MOST_VALIDATION = 2000
 
 def run_training(given):
     """Pretrain, then evaluate the last weights on the validation images."""
-    changes = {"tiny": TINY, "base": {}}  # the defaults are the paper's
+    toy = {} if "data" in given else TOY
+    changes = {"tiny": TINY | toy, "base": {}}  # the defaults are the paper's
     s, start, stopped = clipbert.begin(Settings, given, "pretrain", changes.get)
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
