@@ -8,6 +8,7 @@
     loader     the same in a data loader with two workers; and clips from the cache
     feed       videos/s that a data loader alone delivers, by workers: compare with what `step` takes
     step       the training step and its memory, beside a plain one (GPU)
+    memory     what a GPU has to hold, estimated on a CPU: what autograd keeps of one video, times the batch
     agree      are the losses of the two steps the same, as far as bf16 lets them be?
     retrieval  every caption against every video, beside the reference's order; --rerank
 
@@ -320,6 +321,25 @@ def peak(job):
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def memory_part(cfg=None, size=448):
+    """An estimate where there is no GPU: bytes kept for the backward pass in bf16, 16 a weight (gradient, AdamW)."""
+    cfg = cfg or clipbert.ClipBertConfig.base()
+    for name, work in WORK.items():
+        model, kept = clipbert.ClipBert(cfg, work.K).train(), {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            p = model(*work.batch(1, size, cfg.vocab_size)[:3])
+        video = sum(size for place, size in kept.items() if place not in weights) / 2**30
+        always = 16 * sum(p.numel() for p in model.parameters()) / 2**30
+        print(f"\n{name} at {size} px: {video:.2f} GiB a video, {always:.1f} GiB for weights, gradients, AdamW; "
+              f"{always + work.batch_size * video:.0f} GiB at batch {work.batch_size}, N_train = {len(p)}")  # fmt: skip
+
+
 def agree_part(steps=100, batch_size=None):
     """Losses of the fast and the plain version, from the same weights on the same batches; without a GPU of a tiny model.
 
@@ -400,8 +420,8 @@ def retrieval_part(n_clips=16):
         table(f"{pairs} captions x {pairs} videos x {n_clips} clips, one run each; aim: 4x, R@1 within 0.5", seconds)
 
 
-PARTS = {"decode": decode_part, "loader": loader_part, "feed": feed_part, "step": step_part, "agree": agree_part,
-         "retrieval": retrieval_part}  # fmt: skip
+PARTS = {"decode": decode_part, "loader": loader_part, "feed": feed_part, "step": step_part, "memory": memory_part,
+         "agree": agree_part, "retrieval": retrieval_part}  # fmt: skip
 
 
 def main():

@@ -26,6 +26,12 @@ def test_step_prints_both_versions(capsys, monkeypatch):
     assert all(name in said for name in ("plain", "fast", "target for 'fast'", "TGIF-QA 1x1", "MSRVTT 8x2"))
 
 
+def test_memory_is_estimated_for_both_tasks(capsys):
+    benchmark.memory_part(SMALL, size=32)
+    said = capsys.readouterr().out
+    assert "TGIF-QA 1x1 at 32 px" in said and said.count("N_train = 8") == 1
+
+
 def test_plain_and_fast_step_agree_at_first(capsys):
     benchmark.agree_part(steps=2, batch_size=1)
     assert capsys.readouterr().out.count(": agreed") == 2
