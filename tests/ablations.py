@@ -4,11 +4,11 @@
     python tests/ablations.py clips_in_training  one of them
     python tests/ablations.py --quick            one seed
 
-Every variant fine-tunes the tiny model on toy TGIF-QA transition from the toy pretraining (runs/pretrain/last.pt, made
-first if it is not there) for so few steps that the variants still differ; all other settings are the task's. What a
-variant does otherwise is in its title: flags, or a changed function, each of them an example of how to try an idea. A table a claim: accuracy in percent, mean and spread (largest minus smallest)
-over the seeds, beside what the paper says. What does not come out as in the paper is left as it is: a tiny model on toy
-clips need not agree.
+Every variant fine-tunes the tiny model on toy TGIF-QA transition from the toy pretraining (runs/pretrain/last.pt,
+made first if it is not there) for so few steps that the variants still differ; all other settings are the task's.
+What a variant does otherwise is in its title: flags, or a changed function, each of them an example of how to try an
+idea. A table a claim: accuracy in percent, mean and spread (largest minus smallest) over the seeds, beside what the
+paper says. What does not come out as in the paper is left as it is: a tiny model on toy clips need not agree.
 """
 
 import argparse
