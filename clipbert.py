@@ -107,9 +107,10 @@ class ClipBertConfig:
 
         Its stride is 16: a 4 x 4 grid at L = 64.
         Nothing is frozen (there are no pretrained weights to protect) and there is no dropout (a
-        small model on endless random clips does not overfit). Initial scale matters most: with
-        BERT's .02 a 96-wide, 3-layer transformer attends uniformly and stays at ln(5) for a long
-        time; 1/sqrt(d) lets attention pick out tokens from step one.
+        small model on ever other random clips does not overfit). Initial scale matters most: with
+        BERT's .02 a 96-wide, 3-layer transformer attends uniformly and stays at ln(5), the loss of
+        guessing among five options, for a long time; 1/sqrt(d) lets attention pick out
+        tokens from step one.
         """
         return cls(
             backbone="tiny", frozen_stages=0, hidden_size=96, layers=3, heads=4,
@@ -135,6 +136,7 @@ class GridFeatures(nn.Module):
         super().__init__()
         self.cfg = cfg
         block, depths = BACKBONES[cfg.backbone]
+        # torchvision builds four stages; of tiny the last two, a block each, are thrown away
         resnet = torchvision.models.ResNet(block, (*depths, 1, 1)[:4], norm_layer=FrozenNorm)
         stages = [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4][: len(depths)]
         if cfg.caffe_strides:
@@ -276,7 +278,8 @@ class VideoTextEncoder(nn.Module):
     def fuse(self, grid, input_ids, attention_mask, keep=None):
         """H(F_v, F_l): BERT over the sequence [text; visual].
 
-        grid (B, T, h, w, d); input_ids, attention_mask (B*n, Lt), 1 is keep, 0 is padding. n texts
+        grid (B, T, h, w, d); input_ids, attention_mask (B*n, Lt), 0 is padding, 1 is not; keep: as
+        in VisualEmbedding, how many grid tokens to draw, or None, all. n texts
         per video (the options of a question, the captions of an image) stand one after the other
         and share the video's one CNN pass. -> all hidden states (B*n, Lt + h*w, d), and the pooled
         [CLS] vector (B*n, d). bert.encoder adds the mask that it is given, (B*n, 1, 1, Lt + h*w),
@@ -355,12 +358,11 @@ class ClipBert(VideoTextEncoder):
             return self.classifier(self.dropout(pooled.float()))
 
     def forward(self, frames, input_ids, attention_mask):
-        """p_i = H(F_v(c_i), F_l(S)) for one clip of each video (paper, section 3).
+        """p_i = H(F_v(c_i), F_l(S)) of one clip of each video, or of all N (paper, section 3).
 
         frames (B, T, 3, L, L) uint8 or float RGB 0..255; input_ids, attention_mask (B*n, Lt) ->
-        (B*n, num_outputs). With frames (B, N, T, 3, L, L), all clips: (N, B*n, num_outputs), by
-        `clip_logits`. It can be asked for here because several processes average only the gradients
-        of what was called as model(...).
+        (B*n, num_outputs). With frames (B, N, T, 3, L, L): (N, B*n, num_outputs), by
+        `clip_logits`. Training goes this way: DDP averages only gradients of model(...)'s calls.
         """
         if frames.dim() == 6:
             return clip_logits(self, frames, input_ids, attention_mask)
@@ -581,7 +583,7 @@ class Settings:
     out: str = setting(None, "where to write (default: a new folder in runs/)", metavar="DIR")
     overwrite: bool = setting(False, "write into an --out that holds a run, and lose that run")
     resume: bool = setting(
-        False, "go on from the newest whole checkpoint in --out (default: the newest run)"
+        False, "go on from the newest whole checkpoint in --out (default: the newest run of --task)"
     )
     eval: str = setting(None, "only evaluate this checkpoint of ours", metavar="CKPT")
     # which model, and what it starts from
@@ -875,8 +877,8 @@ def write_file(path, content, previous=None):
     """Bytes or text to a file, by the first process alone: whole, or not at all.
 
     Written beside `path`, flushed to the disk, then renamed: whenever the process dies or the disk
-    is full, the old file or the new one is there. previous: where the file that is replaced is
-    kept, against a disk that lies. An OSError names the file.
+    is full, the old file or the new one is there (for an instant the old one only as `previous`,
+    where it is kept, against a disk that lies). An OSError names the file.
     """
     if RANK:
         return
@@ -949,6 +951,7 @@ def begin(settings, given, name, row):
 def load_finished(settings, given):
     """--eval: (s, state) of a checkpoint of ours, with its settings where no flag says else."""
     state = load_checkpoint(given["eval"])
+    # Other settings than this script's: another script's, or an older version's.
     if "task" not in state or set(state.get("settings", ())) != {f.name for f in fields(settings)}:
         raise ValueError(f"{given['eval']}: not a checkpoint that this script has trained; start "
                          "from it with --init")  # fmt: skip
@@ -960,7 +963,7 @@ def load_finished(settings, given):
     return s, state
 
 
-def evaluated(s, *what):
+def result_suffix(s, *what):
     """What --eval adds to its results' names: another evaluation's are never overwritten."""
     folder = Path(s.data[0]).resolve().name if s.data else "toy"
     return "-".join(["", Path(s.eval).stem, *what, folder, *["blind"] * s.blind])
@@ -969,8 +972,8 @@ def evaluated(s, *what):
 def load_stopped(settings, given, name):
     """--resume: (s, state) of the newest whole checkpoint in --out, or in the newest run of `name`.
 
-    Everything is as the checkpoint says, data and model, too; what the command line says otherwise
-    must be in RESUMABLE.
+    Everything is as the checkpoint says, data, model and precision, too: else it would be another
+    run. What the command line says otherwise must be in RESUMABLE.
     """
     out = given.get("out")
     if not out:
@@ -1028,7 +1031,10 @@ def join_processes():
 
 @contextmanager
 def first_one_first():
-    """The others wait: there may be toy data to write, or weights to download."""
+    """The others wait: there may be toy data to write, or weights to download.
+
+    A gather is a barrier: it ends when all processes have come to it.
+    """
     if RANK:
         gather(None)
     yield
@@ -1071,7 +1077,7 @@ def use_machine(s, model):
         model.cnn.to(memory_format=torch.channels_last)
         # all frames have one size: the fastest kernels are sought once
         torch.backends.cudnn.benchmark = True
-        # whose 10 bits would not agree to five digits
+        # TF32 rounds to 10 bits, three digits, where fp32 is to agree with the reference to five
         torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
     elif model.cfg.backbone == "tiny":  # its operations are small: more threads would only wait
         torch.set_num_threads(min(4, torch.get_num_threads()))
@@ -1131,7 +1137,8 @@ class Training:
         constant = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(DEVICE, **({} if s.precision == "fp16" else constant))
         self.start, self.best = 0, -math.inf  # steps that are done; the highest validation score
-        if RANK:  # the same model, but each process its own dropout
+        # The same model, but each process its own dropout; `restore` brings the stopped run's.
+        if RANK:
             torch.manual_seed(s.seed + 1_000_003 * RANK)
         if not (stopped or RANK):  # --overwrite: nothing that this run might fall back on stays
             for name in ("last.pt", "previous.pt", "best.pt"):
@@ -1142,14 +1149,16 @@ class Training:
             n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps)
         )
         if not RANK:
-            with open(self.out / "log.jsonl", "ab") as log:  # later steps will be logged again
+            # later steps will be logged again; a new run begins with an empty log
+            with open(self.out / "log.jsonl", "ab") as log:
                 log.truncate(min(logged, log.tell()))
+        # What to call in training: DDP averages gradients. Evaluation calls the model itself.
         self.forward = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
         self.waiting, self.unreadable = [], Counter()  # rows to log; error lines and how often
         self.signal, self.began, self.shown = 0, time.time(), 0.0  # shown: seconds, see `show`
 
     def restore(self, state):
-        """Go on as if there had been no stop. -> the bytes of the log until then."""
+        """Go on as if there had been no stop; the weights are there. -> bytes of the log to keep."""
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         # a scale is only worth keeping if --precision is as it was: fp16, or another
@@ -1183,7 +1192,8 @@ class Training:
     def batches(self, loader):
         """The next grad_accum batches, on the device."""
         for i in range(self.s.grad_accum):
-            # Processes exchange gradients in the last backward pass only, as in DDP's no_sync().
+            # Processes exchange gradients in the last backward pass only, as in DDP's no_sync();
+            # a model without DDP takes no notice.
             self.forward.require_backward_grad_sync = i == self.s.grad_accum - 1
             batch = to_device(next(loader))
             self.unreadable.update(line for lines in batch["unreadable"] for line in lines)
@@ -1220,7 +1230,7 @@ class Training:
             row = {name: sum(row[name] for row in same) / PROCESSES for name in same[0]}
             self.log(row | {"step": int(row["step"])})
             # A gradient that overflows in fp16 halves the scale, and the next step does better;
-            # unless it never does.
+            # unless it never does: below 1 the scale makes gradients no smaller than they are.
             halved = self.s.precision == "fp16" and self.scaler.get_scale() >= 1
             overflow = halved and math.isfinite(row["loss"])
             if not math.isfinite(row["loss"] + row["grad_norm"]) and not overflow:
@@ -1279,7 +1289,7 @@ class Training:
         if PROCESSES > 1:  # they must agree on a step to stop at: they ask each other now and then
             number = max(gather(number)) if step % 10 == 0 else 0
         if step % self.s.save_every == 0 or step == self.total_steps or number:
-            self.flush()
+            self.flush()  # first: the checkpoint tells how long the log is, with all steps so far
             self.checkpoint(step)
         if number:
             name = signal.Signals(number).name

@@ -205,7 +205,7 @@ class Example(NamedTuple):
     options: tuple = ()  # answer options of multiple choice
     # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
     answer: object = None
-    kind: str = ""  # FrameQA/VQA question type, for per-type accuracies
+    kind: str = ""  # of an open question, for accuracies by kind
     people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
     path: str | None = None  # of the video; None: it is missing
     captions: tuple = ()  # pretraining: those that are shown together, see caption_groups()
@@ -243,13 +243,13 @@ class ClipDataset(torch.utils.data.Dataset):
         With draw also "target", the captions' labels, and "generator", for the words to mask.
         """
         epoch, index = key
-        clips, unreadable = generator_of(self.s.seed, "clips", epoch, index), []
+        generator, unreadable = generator_of(self.s.seed, "clips", epoch, index), []
         # In training an unreadable video is replaced by the next example's. Twenty in a row are no
         # accident: the data are not where they should be.
         for attempt in range(20):
             example = self.examples[(index + attempt) % len(self)]
             try:
-                frames = self.read(example, clips)
+                frames = self.read(example, generator)
                 break
             except DataError as error:
                 unreadable.append(str(error))
@@ -377,7 +377,7 @@ def outlive_signals(worker):
 
 # -------------------------------------------------- captions: some of them wrong (ITM, retrieval), words masked (MLM)
 def caption_groups(examples, n):
-    """Examples of one caption each to examples of n captions of one image, as the reference has it.
+    """Puts n captions of an image together, as the reference does: one pass through the CNN.
 
     An epoch shows every caption once, an image as often as it has groups: of 5 captions with n = 2,
     3 times. A caption that stands twice under an image counts once.
@@ -392,9 +392,9 @@ def caption_groups(examples, n):
 class CaptionDraw:
     """Draws n captions for a video, by turns one of its own, a match, and another's, a mismatch.
 
-    Each is a mismatch with probability 1/2, as in the reference, but they take turns after one toss
-    of a coin: as many right as wrong ones per video. Otherwise ITM begins by learning which
-    pictures had luck with their coins.
+    One toss of a coin decides whether the first is a match, then they take turns. So each is a
+    mismatch with probability 1/2, as in the reference, which tosses for each, but with an even n
+    half of a video's are: otherwise ITM begins by learning which pictures had luck.
     """
 
     def __init__(self, examples, n):
@@ -430,13 +430,13 @@ class CaptionDraw:
 
 
 def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
-    """BERT's masking: of 15% of the tokens, 80% become [MASK], 10% a random one, 10% stay as is.
+    """BERT's masking: of a share of the tokens 80% become [MASK], 10% a random one, 10% stay.
 
     -> (input_ids with these changes, labels: the token at those 15%, -100 elsewhere). The random
     and the unchanged ones are there because no text has a [MASK] after pretraining: any word may
     turn out to be the one to predict.
     """
-    # [CLS] [SEP] [PAD] [UNK]: never
+    # [CLS], [SEP] and their like stand for no word: never masked
     special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))
     chance = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 1.0)
     tokens = torch.randint(len(tokenizer), input_ids.shape, generator=generator)
@@ -936,7 +936,7 @@ def read_rows(place, path):
     # LF mix in TGIF-QA's tables, and some editors put a byte order mark first.
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").splitlines() or [b""]
     if path.suffix == ".jsonl":
-        for place.row, line in enumerate(lines, 1):
+        for place.row, line in enumerate(lines, 1):  # the loop itself keeps place.row up to date
             yield json.loads(line.decode())
         return
     # A table. One line is one row, so that no stray quote swallows the rows that follow it.
@@ -1316,7 +1316,8 @@ def read_file(layout, folder, path, split):
             if layout.all_files and split not in splits_of(row, path):
                 continue
             for example in make_examples(row, layout, place, find):
-                # Examples stand under a key: those that share a video share one, or collide.
+                # Kept under the video's name where its captions are joined (paragraphs) or must
+                # be alone (one_caption), else under a number.
                 key = example.video if one or layout.paragraphs else len(found)
                 if key in found and one:
                     raise ValueError(f"a second caption of {key[:80]!r}; in testing it has one")

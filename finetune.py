@@ -26,8 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-# Threads that wait for each other sleep instead of spinning: on a busy CPU five times as fast. torch
-# reads this as it is imported.
+# Threads that wait for each other sleep instead of spinning: on a busy CPU five times as fast.
+# torch reads this as it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -43,10 +43,10 @@ from clipbert import setting
 
 @dataclass
 class Settings(clipbert.Settings):
-    """What fine-tuning can be told. L, batch and learning rate are the paper's for TGIF-QA."""
+    """What fine-tuning can be told: the paper's numbers for TGIF-QA, here and in its parent."""
 
     task: str = setting("tgif_qa_action", "what to learn", metavar="TASK",
-                        choices=[*data.ALIASES, *(task for task in data.LAYOUTS if task != "pretrain")])  # fmt: skip
+                        choices=[*data.ALIASES, *(x for x in data.LAYOUTS if x != "pretrain")])  # fmt: skip
     lr: float = setting(1e-4, "the learning rate's peak", low=0, high=1)
     text_length: int = setting(
         None, "Lt at most, [CLS] and [SEP] included (default: the task's)", low=3, high=512
@@ -102,8 +102,8 @@ TASKS = {
     # Five captions, scored by a retrieval model: train (or --eval) one; only the test is its own.
     "msrvtt_mc": Task("MSRVTT multiple choice", "match", 2, paper=CLIPS_8x2),
     "vqa": Task("VQA v2", "soft",
-                paper={"size": 768, "batch_size": 32, "grad_accum": 1, "epochs": 5, "clip_grad": 2.0,
-                       "test_clips": (1,)},
+                paper={"size": 768, "batch_size": 32, "grad_accum": 1, "epochs": 5,
+                       "clip_grad": 2.0, "test_clips": (1,)},
                 tiny={"lr": 5e-4, "max_steps": 2400}),
 }  # fmt: skip
 
@@ -154,7 +154,7 @@ def run_training(given):
         )
     if answers:
         examples = only_known_answers(s, examples, set(answers), "training: left out")
-        only_known_answers(s, test, set(answers), "test: counted as wrong")
+        only_known_answers(s, test, set(answers), "test: counted as wrong")  # only says how many
     data.check_cached(examples + test, s)
     model = clipbert.use_machine(s, model)
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, answers)
@@ -184,7 +184,8 @@ def train(s, model, collate, training, examples, val):
     """The training loop, the same for every task.
 
     A step is grad_accum batches, one update. Which examples and which random clips it sees depends
-    on the seed and the step alone, so a resumed run repeats the uninterrupted one.
+    on the seed and the step alone, dropout on torch's random state, which checkpoints hold: so a
+    resumed run repeats the uninterrupted one.
     """
     kind = TASKS[s.task].kind
     draw = data.CaptionDraw(examples, 2) if kind == "match" else None  # a right and a wrong caption
@@ -206,8 +207,9 @@ def train(s, model, collate, training, examples, val):
             total = total + loss.detach()
         training.update(step, loss=total)  # the learning rate, clipped gradients, AdamW; the log
         if val and training.ends_epoch(step):
-            score = next(iter(evaluate(s, model, collate, val, [1])[0]["1"].values()))
-            score = score["r1"] if isinstance(score, dict) else score  # R@1, or the accuracy
+            by_clips, *_ = evaluate(s, model, collate, val, [1])  # one clip: a cheap look
+            score = next(iter(by_clips["1"].values()))  # the accuracy; of retrieval, text to video
+            score = score["r1"] if isinstance(score, dict) else score
             training.validated(step, score, {"validation": score})
             model.train()
         training.end_step(step)
@@ -325,7 +327,7 @@ def evaluate(s, model, collate, examples, clip_counts):
 def score_videos(s, model, collate, examples, n_clips):
     """p at N_test = n_clips: a pair (scores, readable) an example; and what could not be read."""
     model.eval()
-    # As many clips at a time as two training batches of one clip have: no gradients, less memory.
+    # 2 * batch_size clips at a time: without gradients there is room for more than in training.
     batches = data.ordered_batches(len(examples), max(1, 2 * s.batch_size // n_clips))
     dataset = data.ClipDataset(examples, s, n_clips=n_clips, train=False)
     results, errors = [], []
@@ -491,7 +493,7 @@ def score_pairs(s, model, collate, texts, grids, rerank=None):
 
 
 def score_captions(s, model, tokens, rows, grid):
-    """Yield places (C,), probabilities (C,) of the captions in `rows`; grid (N, h, w, d) of a video.
+    """Yield places (C,), probabilities (C,) of the captions in `rows`; grid (N, h, w, d): a video.
 
     Captions of like length go together, so that little is computed for padding.
     """
@@ -603,7 +605,7 @@ def run_evaluation(given):
     data.check_cached(test, s)
     began = time.time()
     results = evaluate(s, model, collate, test, s.test_clips)
-    report(s, Path(s.out), clipbert.evaluated(s, s.task, s.split), results, chance_level(s, guess, test), time.time() - began)
+    report(s, Path(s.out), clipbert.result_suffix(s, s.task, s.split), results, chance_level(s, guess, test), time.time() - began)
 
 
 def run_prediction(given):

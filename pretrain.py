@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-# Threads that wait for each other sleep instead of spinning: on a busy CPU five times as fast. torch
-# reads this as it is imported.
+# Threads that wait for each other sleep instead of spinning: on a busy CPU five times as fast.
+# torch reads this as it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -41,8 +41,8 @@ from clipbert import setting
 
 @dataclass
 class Settings(clipbert.Settings):
-    """The reference's numbers, of a GPU; it has eight: 32 images x 2 captions a batch, two batches
-    to an update."""
+    """The reference's numbers for each of its eight GPUs: 32 images x 2 captions a batch, two
+    batches to an update."""
 
     task: str = setting("pretrain", "the name of what this script does", choices=["pretrain"])
     size: int = setting(768, "L, pixels", low=16, high=64 * clipbert.VisualEmbedding.MAX_GRID)
@@ -50,23 +50,24 @@ class Settings(clipbert.Settings):
     keep: int = setting(100, "random grid tokens that a training step keeps, of 144 at L = 768")
     captions: int = setting(2, "of an image at a time, for one pass through the CNN", high=1000)
     batch_size: int = setting(32, "images at a time, on each GPU")
-    epochs: int = setting(40, "each shows every caption once; COCO, VG, eight GPUs: 6,000 updates")
+    epochs: int = setting(40, "each shows every caption once (COCO, VG: 6,000 updates, eight GPUs)")
     eval_every: int = setting(None, "steps from one evaluation to the next (default: an epoch)")
     mask_rate: float = setting(0.15, "the share of words that are masked", low=0.001, high=1)
     mlm_over: str = setting("masked", "what the MLM loss is averaged over: masked tokens, or all",
                             choices=["masked", "all"])  # fmt: skip
 
 
-# What the tiny model changes. From random weights ITM stays at ln(2) for hundreds of steps, the
-# longer, the more MLM weighs: its large, easy gains (which word follows which, without looking)
-# teach attention to leave the picture alone. Hence the reference's average over all positions, that
-# is, a small weight, and a low learning rate.
+# What the tiny model changes. From random weights ITM stays at ln(2), the loss of guessing, for
+# hundreds of steps; and the more MLM weighs, the longer: its large, easy gains (which word follows
+# which, without looking) teach attention to leave the picture alone. Hence the reference's average
+# over all positions, that is, a small weight, and a low learning rate.
 TINY = {"size": 64, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200, "eval_every": 400,
         "mlm_over": "all"}  # fmt: skip
 # No toy caption has more than 9 tokens, by which that average then divides; a photo has 6 of them.
 TOY = {"captions": 6, "text_length": 9}
 
-# Images of a folder: all of COCO's would be more forward passes than the training between.
+# Images of a folder that an evaluation looks at: all of COCO's would take longer than the training
+# from one evaluation to the next.
 MOST_VALIDATION = 2000
 
 
@@ -129,7 +130,7 @@ def train(s, model, collate, training, examples, val):
             training.backward(mlm + itm)
             totals += torch.stack([mlm, itm]).detach()
         training.update(step, loss=totals.sum(), mlm=totals[0], itm=totals[1])
-        # best.pt is the one of the lowest loss on the validation images, both losses together.
+        # A score is the better, the higher: hence the minus. best.pt has the lowest of both losses.
         last = step == training.total_steps
         if last or (step % s.eval_every == 0 if s.eval_every else training.ends_epoch(step)):
             metrics, _ = evaluate(s, model, collate, val)
@@ -166,10 +167,10 @@ def load_folder(s, folder):
         # the checkpoint may have been trained.
         random.Random(0).shuffle(images)
         images = images[: max(2, len(images) // 10)]  # one has no other to be confused with
-        print(f"{folder}: no validation captions, so {len(images[:MOST_VALIDATION]):,} images are "
-              "held out")  # fmt: skip
+        held_out = set(images)
+        print(f"{folder}: no validation captions, so {len(images):,} images are held out")
         val, train = (
-            [e for e in train if (e.video in set(images)) == held] for held in (True, False)
+            [e for e in train if (e.video in held_out) == held] for held in (True, False)
         )
     kept = set(images[: min(s.limit or MOST_VALIDATION, MOST_VALIDATION)])
     seen = set(list({example.video: None for example in train})[: s.limit])
@@ -216,7 +217,8 @@ def load_model(s, state):
 def evaluate(s, model, collate, val):
     """-> (accuracies in percent, mean losses and counts, what could not be read).
 
-    Each caption is once in the val groups. MLM's loss is over the masked tokens, always.
+    Of each group CaptionDraw takes some captions from other images, the same ones every time.
+    MLM's loss is over the masked tokens, always.
     """
     model.eval()
     draw = data.CaptionDraw(val, s.captions)
@@ -261,7 +263,7 @@ def run_evaluation(given):
     model, vocabulary = load_model(s, state)
     model, began = clipbert.use_machine(s, model), time.time()
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
-    results, ending = evaluate(s, model, collate, val), clipbert.evaluated(s, "val")
+    results, ending = evaluate(s, model, collate, val), clipbert.result_suffix(s, "val")
     report(s, Path(s.out), ending, val, *results, time.time() - began)
 
 
