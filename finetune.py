@@ -511,7 +511,8 @@ def score_captions(s, model, tokens, rows, grid):
 def retrieval_metrics(scores, video_of_caption):
     """R@1/5/10, median and mean rank, both ways (paper, section 4: text-to-video retrieval).
 
-    scores (captions, videos); video_of_caption: the column of each caption's own video.
+    scores (captions, videos); video_of_caption: the column of each caption's own video. ->
+    {"text_to_video": what `recalls` makes of the captions' ranks, "video_to_text": of the videos'}.
     Exact ties share their mean position: a model that scores everything alike gets the rank of
     chance, not 1. A video with several captions is found by any of them: its best-ranked one
     counts.
