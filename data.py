@@ -857,7 +857,8 @@ def check_cached(examples, s):
     count = sum(open_cached(path, s.size) is not None for path in paths)
     if not count:
         raise DataError(f"no video is cached at {s.size} pixels; write them first: {remedy}")
-    print(f"cache: {count:,} of {len(paths):,} videos (the rest is decoded; {remedy} adds it)")
+    rest = f" (the rest is decoded; {remedy} adds it)" if count < len(paths) else ""
+    print(f"cache: {count:,} of {len(paths):,} videos{rest}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

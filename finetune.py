@@ -126,7 +126,8 @@ def parse_arguments(arguments=None):
         parser.error("--split chooses what --eval CKPT evaluates")
     needed = {"eval", "predict", "question"}
     if {"predict", "question", "options"} & given.keys() and not needed <= given.keys():
-        parser.error("--predict VIDEO needs --eval CKPT and --question TEXT, and they need it")
+        missing = " and ".join(f"--{name}" for name in sorted(needed - given.keys()))
+        parser.error(f"--predict VIDEO, --eval CKPT and --question TEXT go together: add {missing}")
     if "sheet" in given and "predict" not in given:
         parser.error("--sheet draws what --predict VIDEO looked at; give that, too")
     return given
