@@ -47,7 +47,6 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
-from tqdm import tqdm
 from transformers import BertConfig, BertForPreTraining, BertModel
 from transformers.models.bert.modeling_bert import BertPreTrainingHeads
 from transformers.utils import logging as transformers_messages
@@ -566,6 +565,8 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
 
 def setting(default, meaning, **flag):
     """A field of Settings; flag: what argparse or data.Parser.numbers wants to know besides."""
+    if default not in (None, False):
+        meaning += f" (default: {default})"
     return field(default=default, metadata={"help": meaning, **flag})
 
 
@@ -588,15 +589,9 @@ class Settings:
     eval: str = setting(None, "only evaluate this checkpoint of ours", metavar="CKPT")
     # which model, and what it starts from
     model: str = setting("tiny", "with --init: the checkpoint's", choices=["tiny", "base"])
-    backbone: str = setting(
-        "resnet50", "of base: the CNN (the paper's: resnet50)", choices=["resnet50", "resnet18"]
-    )
-    init: str = setting(
-        None, "start from this checkpoint, ours or the official one", metavar="CKPT"
-    )
-    resnet: str = setting(
-        None, "base: torchvision's weights of it (default: the hub's)", metavar="FILE"
-    )
+    init: str = setting(None, "start from this checkpoint, ours or the official", metavar="CKPT")
+    resnet: str = setting(None, "base: a ResNet-50's weights (default: torchvision's, from its hub)",
+                          metavar="FILE")  # fmt: skip
     bert: str = setting(None, "base: any BERT, a folder or a name of the hub's; it sets the "
                         "transformer's sizes (default: bert-base-uncased)")  # fmt: skip
     scratch: bool = setting(False, "base: start from random weights")
@@ -641,9 +636,7 @@ RESUMABLE = {"resume", "epochs", "max_steps", "out", "workers", "save_every", "p
 def parse_flags(parser, settings, arguments=None):
     """What the command line gives, {name: value}; a flag for each field of the dataclass."""
     for f in fields(settings):
-        how = dict(f.metadata, default=argparse.SUPPRESS)
-        if f.default not in (None, False):
-            how["help"] += f" (default: {f.default})"
+        how = {"default": argparse.SUPPRESS, **f.metadata}
         if f.type in (int, float) or "high" in how:
             parser.numbers(f"--{f.name}", kind=float if f.type is float else int, **how)
         elif f.type is bool:
@@ -653,12 +646,10 @@ def parse_flags(parser, settings, arguments=None):
     given = vars(parser.parse_args(arguments))
     # argparse makes lists, which compare as equal to no default and to no stored setting
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    if sum(name in given for name in ("init", "resume", "eval")) > 1:
+    if len({"init", "resume", "eval"} & given.keys()) > 1:
         parser.error("--init, --resume and --eval exclude each other; choose one")
-    if given.get("model") != "base" and not {"resume", "eval"} & given.keys():
-        # --init CKPT --bert DIR: the official weights want a vocabulary
-        of_base = {"backbone", "resnet", "scratch"} | (set() if "init" in given else {"bert"})
-        for name in of_base & given.keys():
+    if given.get("model") != "base" and not {"init", "resume", "eval"} & given.keys():
+        for name in {"resnet", "bert", "scratch"} & given.keys():
             parser.error(f"--{name} is for --model base; add that, or leave it out")
     return given
 
@@ -696,10 +687,8 @@ def new_folder(s, name):
         s.out = next(out for out in names if not holds_run(out))
         print(f"writing to {s.out}")
     elif holds_run(s.out) and not s.overwrite:
-        raise ValueError(
-            f"{s.out}: holds a run; choose another --out, go on with --resume, or lose it by "
-            "--overwrite"
-        )
+        raise ValueError(f"{s.out}: holds a run; choose another --out, go on with --resume, or "
+                         "lose it by --overwrite")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -712,33 +701,32 @@ def copy_weights(model, tensors):
     loaded; missing: in the model only, keep their initial values; unexpected: in the file only;
     mismatched: of another shape. ValueError if not one tensor fits.
     """
-    own = model.state_dict(keep_vars=True)
-    report = {"loaded": [], "missing": [name for name in own if name not in tensors],
-              "unexpected": [], "mismatched": []}  # fmt: skip
-    with torch.no_grad():
-        for name, value in tensors.items():
-            if name not in own:
-                report["unexpected"].append(name)
-            elif own[name].shape != value.shape:
-                shapes = f"{tuple(value.shape)}, here {tuple(own[name].shape)}"
-                report["mismatched"].append(f"{name} {shapes}")
-            else:
-                own[name].copy_(value)
-                report["loaded"].append(name)
+    own, report = model.state_dict(), {"loaded": [], "unexpected": [], "mismatched": []}
+    for name, value in tensors.items():
+        if name not in own:
+            report["unexpected"].append(name)
+        elif own[name].shape != value.shape:
+            shapes = f"{tuple(value.shape)}, here {tuple(own[name].shape)}"
+            report["mismatched"].append(f"{name} {shapes}")
+        else:
+            report["loaded"].append(name)
     if not report["loaded"]:
         raise ValueError(
             f"no tensor of this file fits the model (it has {', '.join(list(tensors)[:3])} ...)"
         )
-    return report
+    model.load_state_dict({name: tensors[name] for name in report["loaded"]}, strict=False)
+    return report | {"missing": [name for name in own if name not in tensors]}
 
 
 def describe(report):
     """The report in a few lines; what stays at random is named, part by part."""
-    parts = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in report["missing"]))
     lines = [", ".join(f"{len(names)} tensors {what}" for what, names in report.items() if names)]
-    lines += [f"  {what}: {', '.join(report[what][:6])}{', ...' * (len(report[what]) > 6)}"
-              for what in ("unexpected", "mismatched") if report[what]]  # fmt: skip
-    return "\n".join(lines + [f"  at random: {', '.join(parts)}"] * bool(parts))
+    for what in ("unexpected", "mismatched"):
+        if names := report[what]:
+            lines.append(f"  {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}")
+    if parts := dict.fromkeys(".".join(name.split(".")[:2]) for name in report["missing"]):
+        lines.append(f"  at random: {', '.join(parts)}")
+    return "\n".join(lines)
 
 
 def official_name(name):
@@ -785,14 +773,11 @@ def model_name(given, state):
     """tiny or base: what --model says, or what --init's checkpoint, ours or the official, holds."""
     if not state:
         return given.get("model", "tiny")
-    backbone = config_from(state).backbone if "config" in state else "resnet50"
-    held = {"model": "tiny" if backbone == "tiny" else "base", "backbone": backbone}
-    for flag in held.keys() & given.keys():
-        if given[flag] != held[flag]:
-            raise ValueError(
-                f"{given['init']}: a checkpoint of {held[flag]}; leave out --{flag} {given[flag]}"
-            )
-    return held["model"]
+    tiny = "config" in state and config_from(state).backbone == "tiny"
+    held = "tiny" if tiny else "base"
+    if given.get("model", held) != held:
+        raise ValueError(f"{given['init']}: a checkpoint of {held}; leave out --model")
+    return held
 
 
 def start_model(build, s, state, text_vocabulary, bert_vocabulary):
@@ -811,8 +796,7 @@ def start_model(build, s, state, text_vocabulary, bert_vocabulary):
         model, vocabulary = start_pretrained(build, s), bert_vocabulary()
     else:  # random weights: nothing to protect, so nothing is frozen
         vocabulary = text_vocabulary()
-        base = replace(ClipBertConfig.base(), backbone=s.backbone)
-        cfg = base if s.model == "base" else ClipBertConfig.tiny()
+        cfg = ClipBertConfig.base() if s.model == "base" else ClipBertConfig.tiny()
         model = build(replace(cfg, vocab_size=len(vocabulary), frozen_stages=0))
     return model, vocabulary
 
@@ -826,23 +810,22 @@ def start_pretrained(build, s):
     one.
     """
     bert, absent, cnn = read_starts(s)
-    detector = any(name.startswith("res2.") for name in cnn)  # detectron2's names: the reference's
+    detector = "res2.0.conv1.weight" in cnn  # detectron2's names: the reference's start
     cfg = ClipBertConfig.official() if detector else ClipBertConfig.base()
-    model = build(config_of_bert(bert.config, replace(cfg, backbone=s.backbone)))
+    model = build(config_of_bert(bert.config, cfg))
     # not of the trunk: a detector's or a classifier's heads, and BatchNorm's counters of batches
-    leftovers = "(?!stem|res)" if detector else r"fc\.|.*num_batches"
+    leftovers = r"(?!stem|res)" if detector else r"fc\.|.*num_batches"
     tensors = {f"cnn.resnet.{detectron2_name(name)}": torch.as_tensor(value)
                for name, value in cnn.items() if not re.match(leftovers, name)}  # fmt: skip
     tensors |= {name: value for name, value in bert.state_dict().items() if name not in absent
                 and (name.startswith("bert.") or name in model.state_dict())}  # fmt: skip
     report = copy_weights(model, tensors)
-    wrong = report["unexpected"] + report["mismatched"] + report["missing"]
-    if any(name.startswith("cnn.resnet.") for name in wrong):
-        raise ValueError(f"{s.resnet}: not a {s.backbone}; give torchvision's {s.backbone}-*.pth")
-    wrong = [name for name in wrong if name.startswith("bert.") and "pooler" not in name]
-    if wrong:  # a missing pooler is no fault: BERTs for sentences often come without
-        raise ValueError(f"{s.bert}: not a whole BERT ({wrong[0]}); give another folder or name")
-    print(f"{s.resnet or s.backbone}, {s.bert or 'bert-base-uncased'}: {describe(report)}")
+    for name in report["unexpected"] + report["mismatched"] + report["missing"]:
+        if name.startswith("cnn.resnet."):
+            raise ValueError(f"{s.resnet}: not a ResNet-50 ({name}); give torchvision's resnet50-*.pth")
+        if name.startswith("bert.") and "pooler" not in name:  # BERTs for sentences come without
+            raise ValueError(f"{s.bert}: not a whole BERT ({name}); give another folder or name")
+    print(f"{s.resnet or 'resnet50'}, {s.bert or 'bert-base-uncased'}: {describe(report)}")
     return model
 
 
@@ -856,14 +839,12 @@ def read_starts(s):
         if s.resnet:
             cnn = load_checkpoint(s.resnet)
         else:
-            cnn = torchvision.models.get_model(s.backbone, weights="IMAGENET1K_V1").state_dict()
+            cnn = torchvision.models.get_model("resnet50", weights="IMAGENET1K_V1").state_dict()
     except Exception as error:  # the hubs raise a dozen kinds of network errors, of one remedy
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise ValueError(
-            f"no starting weights ({reason}): where there is no network, give --resnet FILE "
-            f"(torchvision's {s.backbone}-*.pth) and --bert DIR (a BERT's folder), --init CKPT, or "
-            "--scratch"
-        ) from error
+        raise ValueError(f"no starting weights ({reason}): without a network, give --resnet FILE "
+                         "(torchvision's resnet50-*.pth) and --bert DIR (a BERT's folder), --init "
+                         "CKPT, or --scratch") from error  # fmt: skip
     # from_pretrained draws at random what is not in the file, or has another shape there
     absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     return bert, absent, {name.removeprefix("backbone."): value for name, value in cnn.items()}
@@ -934,27 +915,31 @@ def config_from(state):
 
 
 def begin(settings, given, name, row):
-    """-> (s, start, stopped): settings; --init's state, to start from; --resume's, to go on from.
+    """-> (s, state): the settings; what to start from (--init), to go on from (s.resume), or None.
 
-    One of the two states is None, or both. row(model): what the task has instead of the defaults.
+    row(model): what the task has instead of the defaults.
     """
     if "resume" in given:
-        s, stopped = load_stopped(settings, given, name)
-        return s, None, stopped
-    start = load_checkpoint(given["init"]) if "init" in given else None
-    model = model_name(given, start)
+        return load_stopped(settings, given, name)
+    state = load_checkpoint(given["init"]) if "init" in given else None
+    model = model_name(given, state)
     s = settle(settings, row(model) | {"model": model}, given)
     new_folder(s, name)
-    return s, start, None
+    return s, state
+
+
+def load_own(settings, path):
+    """A checkpoint of the script with these settings: not another's, nor an older version's."""
+    state = load_checkpoint(path)
+    if set(state.get("settings", ())) != {f.name for f in fields(settings)}:
+        raise ValueError(f"{path}: not a checkpoint that this script has trained; start from it "
+                         "with --init")  # fmt: skip
+    return state
 
 
 def load_finished(settings, given):
     """--eval: (s, state) of a checkpoint of ours, with its settings where no flag says else."""
-    state = load_checkpoint(given["eval"])
-    # Other settings than this script's: another script's, or an older version's.
-    if "task" not in state or set(state.get("settings", ())) != {f.name for f in fields(settings)}:
-        raise ValueError(f"{given['eval']}: not a checkpoint that this script has trained; start "
-                         "from it with --init")  # fmt: skip
+    state = load_own(settings, given["eval"])
     # What was about that run alone, or about its machine, is not asked for here.
     own = {"limit": None, "workers": None, "precision": None}
     s = settle(settings, state["settings"] | own | {"out": str(Path(given["eval"]).parent)}, given)
@@ -977,30 +962,22 @@ def load_stopped(settings, given, name):
     """
     out = given.get("out")
     if not out:
-        stopped = Path("runs").glob(f"{name}*/*.pt")  # previous.pt alone would do, too
-        stopped = sorted(stopped, key=lambda path: path.stat().st_mtime)
-        out = stopped[-1].parent if stopped else Path("runs") / name
-    problems = []
-    for path in (Path(out) / "last.pt", Path(out) / "previous.pt"):
+        runs = Path("runs").glob(f"{name}*/*.pt")  # previous.pt alone would do, too
+        out = max(runs, key=lambda path: path.stat().st_mtime, default=Path("runs", name, "-")).parent
+    path = Path(out) / "last.pt"
+    try:
+        state = load_own(settings, path)
+    except ValueError as error:  # a disk may lose the newest: then there is the one before it
+        path = Path(out) / "previous.pt"
         try:
-            state = load_checkpoint(path)
-            break
-        except ValueError as error:
-            problems.append(str(error))
-    else:
-        raise ValueError(
-            f"{problems[0]}: nothing to go on from; start anew with --overwrite, not --resume"
-        )
-    for problem in problems:
-        print(f"note: {problem}; taking the one before it")
-    if "optimizer" not in state or "settings" not in state:
-        raise ValueError(f"{path}: no optimizer in it, so it can't go on; use it with --init")
+            state = load_own(settings, path)
+        except ValueError:
+            raise ValueError(f"{error}: nothing to go on from; start anew with --overwrite") from None
+        print(f"note: {error}; taking the one before it")
     for flag in given.keys() - RESUMABLE:
-        if given[flag] != state["settings"].get(flag):
-            raise ValueError(
-                f"{path}: was begun with --{flag} {state['settings'].get(flag)}, not "
-                f"{given[flag]}; leave that out, or start anew"
-            )
+        if given[flag] != state["settings"][flag]:
+            raise ValueError(f"{path}: was begun with --{flag} {state['settings'][flag]}, not "
+                             f"{given[flag]}; leave that out, or start anew")  # fmt: skip
     print(f"resuming from {path}, step {state['step']}")
     return settle(settings, state["settings"], given | {"out": str(out)}), state
 
@@ -1016,17 +993,16 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 def join_processes():
     """Meet the other processes, if there are any; all but the first one fall silent."""
-    if PROCESSES > 1:
-        gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-        if gpu and place >= torch.cuda.device_count():
-            raise ValueError(
-                f"{torch.cuda.device_count()} GPUs: --nproc_per_node can't be more, one each"
-            )
-        if gpu:
-            torch.cuda.set_device(place)
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
-        if RANK:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good
+    if PROCESSES == 1:
+        return
+    gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    if gpu and place >= torch.cuda.device_count():
+        raise ValueError(f"{torch.cuda.device_count()} GPUs: --nproc_per_node can't be more")
+    if gpu:
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good
 
 
 @contextmanager
@@ -1058,14 +1034,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def use_machine(s, model):
     """Settle precision and workers, as far as s leaves them open; the model goes to the device."""
     gpu = DEVICE == "cuda"
-    best = (
-        "fp32"
-        if not gpu
-        else "bf16"
-        if torch.cuda.is_bf16_supported(including_emulation=False)
-        else "fp16"
-    )
-    s.precision = s.precision or best
+    if s.precision is None:
+        half = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        s.precision = half if gpu else "fp32"
     if s.precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 needs a GPU: choose fp32 or bf16")
     # for each of this machine's processes
@@ -1101,24 +1072,14 @@ def to_device(batch):
 # A training run
 
 
-STOPPED = "stopped: --resume goes on from the last checkpoint, if there is one"
-
-
-def stop_now(number, _):
-    """A signal's handler where there is no step to finish."""
-    raise KeyboardInterrupt(number, STOPPED)
-
-
 class Training:
     """What surrounds both scripts' loops: updates, the log, checkpoints, how a run stops, goes on.
 
-    with Training(...) as training:                     Ctrl-C, SIGTERM wait for a step's end
-        for step in training.steps():
-            for batch in training.batches(loader):      grad_accum of them
-                ... training.forward(...) ...
-                training.backward(loss)
-            training.update(step, loss=...)             one update; logged
-            training.end_step(step)                     last.pt, if it is time
+    for step in training.steps():                 behind each, last.pt, if it is time
+        for batch in training.batches(loader):    grad_accum of them
+            ... training.forward(...) ...
+            training.backward(loss)
+        training.update(step, loss=...)           one update; logged
     """
 
     def __init__(self, s, model, n_examples, stopped=None, **contents):
@@ -1127,42 +1088,33 @@ class Training:
         self.per_step = s.batch_size * s.grad_accum * PROCESSES  # examples to an update
         self.total_steps = s.max_steps or -(-s.epochs * n_examples // self.per_step)
         self.contents = contents | {"settings": asdict(s), "config": asdict(model.cfg)}
-        config = {"device": DEVICE, "total_steps": self.total_steps} | asdict(s)
-        config["config"] = asdict(model.cfg)
-        write_file(self.out / "config.json", json.dumps(config, indent=2) + "\n")
         self.optimizer = build_optimizer(model, s.weight_decay)
-        # fp16: loss scaling. Otherwise a constant 1, for the other thing that a GradScaler does: an
-        # update whose gradients are not finite is skipped on the device, so the weights survive
-        # until the loss is next looked at.
-        constant = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
-        self.scaler = torch.amp.GradScaler(DEVICE, **({} if s.precision == "fp16" else constant))
+        # fp16's gradients are scaled, lest small ones become 0; others go through as they are.
+        self.scaler = torch.amp.GradScaler(DEVICE, enabled=s.precision == "fp16")
         self.start, self.best = 0, -math.inf  # steps that are done; the highest validation score
         # The same model, but each process its own dropout; `restore` brings the stopped run's.
         if RANK:
             torch.manual_seed(s.seed + 1_000_003 * RANK)
-        if not (stopped or RANK):  # --overwrite: nothing that this run might fall back on stays
-            for name in ("last.pt", "previous.pt", "best.pt"):
-                (self.out / name).unlink(missing_ok=True)
-        logged = self.restore(stopped) if stopped else 0
+        log_length = self.restore(stopped) if stopped else 0
+        if not RANK:
+            self.prepare_folder(anew=not stopped, log_length=log_length)
         # Batches of all processes, for data.training_order: the run's first one and its end.
         self.first_batch, self.n_batches = (
             n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps)
         )
-        if not RANK:
-            # later steps will be logged again; a new run begins with an empty log
-            with open(self.out / "log.jsonl", "ab") as log:
-                log.truncate(min(logged, log.tell()))
         # What to call in training: DDP averages gradients. Evaluation calls the model itself.
         self.forward = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
         self.waiting, self.unreadable = [], Counter()  # rows to log; error lines and how often
-        self.signal, self.began, self.shown = 0, time.time(), 0.0  # shown: seconds, see `show`
+        self.signal, self.began, self.shown = 0, time.time(), 0.0  # shown: when, see `show`
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {DEVICE}, "
+              f"{self.total_steps:,} updates of {self.per_step} of the {n_examples:,} examples, "
+              f"learning rate {s.lr:g}; all settings: {self.out / 'config.json'}")  # fmt: skip
 
     def restore(self, state):
         """Go on as if there had been no stop; the weights are there. -> bytes of the log to keep."""
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
-        # a scale is only worth keeping if --precision is as it was: fp16, or another
-        if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():
+        if self.scaler.is_enabled() and state["scaler"]:  # the stopped run's precision was fp16, too
             self.scaler.load_state_dict(state["scaler"])
         if RANK < len(state["random"]):  # the stopped run may have had fewer processes
             own = state["random"][RANK]
@@ -1171,23 +1123,38 @@ class Training:
                 torch.cuda.set_rng_state(own["cuda"])
         return state["log"]
 
-    def summary(self, unit):
-        """One line: how large, how long, with which settings."""
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        hidden = ["data", "out", "overwrite", "resume", "init", "debug", "task", "split"]
-        hidden += ["epochs"] if self.s.max_steps else []
-        settings = ", ".join(f"{name} {value}" for name, value in asdict(self.s).items()
-                             if name not in hidden and value not in (None, False, ()))  # fmt: skip
-        return (f"{parameters:.1f}M parameters, {self.total_steps:,} updates of {self.per_step} "
-                f"{unit} ({self.n_examples:,} an epoch) on {DEVICE}: {settings}")  # fmt: skip
+    def prepare_folder(self, anew, log_length):
+        """config.json; a log without the steps that will be logged again; no older run's weights."""
+        config = {"device": DEVICE, "total_steps": self.total_steps, **self.contents["settings"],
+                  "config": self.contents["config"]}  # fmt: skip
+        write_file(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+        if anew:  # --overwrite: nothing that this run might fall back on stays
+            for name in ("last.pt", "previous.pt", "best.pt"):
+                (self.out / name).unlink(missing_ok=True)
+        with open(self.out / "log.jsonl", "ab") as log:
+            log.truncate(min(log_length, log.tell()))
 
     def steps(self):
-        """start + 1, ..., total_steps, with a progress bar."""
-        self.progress = tqdm(
-            range(self.start + 1, self.total_steps + 1), initial=self.start, total=self.total_steps,
-            unit="step", disable=True if RANK else None,  # None: where there is no terminal
-        )  # fmt: skip
-        return self.progress
+        """Yield start + 1, ..., total_steps; behind each, a checkpoint if one is due.
+
+        Ctrl-C and SIGTERM wait for the step's end, which is saved; then the run ends. A second one
+        ends it at once.
+        """
+
+        def note(number, _):
+            self.signal = number
+            signal.signal(number, signal.default_int_handler)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(self.start + 1, self.total_steps + 1):
+                yield step
+                self.end_step(step)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        everywhere = sum(gather(self.unreadable), Counter())
+        list_unreadable(everywhere, "replaced by other examples in training")
 
     def batches(self, loader):
         """The next grad_accum batches, on the device."""
@@ -1212,7 +1179,7 @@ class Training:
         set_step(self.optimizer, step, lr)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip_grad)
-        self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
+        self.scaler.step(self.optimizer)  # in fp16, not if a gradient is not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         # they are sums over the grad_accum batches
@@ -1223,7 +1190,7 @@ class Training:
             self.flush()
 
     def flush(self):
-        """Log the waiting steps. If one was not finite, the run ends here."""
+        """Log the waiting steps. If one was not finite, the run ends here, before it is saved."""
         rows = [{name: float(value) for name, value in row.items()} for row in self.waiting]
         self.waiting = []
         for same in zip(*gather(rows), strict=True):  # each process's row of a step: log their mean
@@ -1231,9 +1198,9 @@ class Training:
             self.log(row | {"step": int(row["step"])})
             # A gradient that overflows in fp16 halves the scale, and the next step does better;
             # unless it never does: below 1 the scale makes gradients no smaller than they are.
-            halved = self.s.precision == "fp16" and self.scaler.get_scale() >= 1
-            overflow = halved and math.isfinite(row["loss"])
-            if not math.isfinite(row["loss"] + row["grad_norm"]) and not overflow:
+            overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+            finite = math.isfinite(row["loss"]), overflow or math.isfinite(row["grad_norm"])
+            if not all(finite):
                 raise ValueError(
                     f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step "
                     f"{row['step']:.0f}: try a lower --lr, or --precision fp32 or bf16"
@@ -1242,25 +1209,24 @@ class Training:
             self.show(row)
 
     def show(self, row):
-        """How it goes: on the progress bar, or, without a terminal, a line every half minute."""
-        seconds, done = time.time() - self.began, row["step"] - self.start
-        rate = f"{done * self.per_step / seconds:.0f}"
-        self.progress.set_postfix(loss=f"{row['loss']:.3f}", examples_per_s=rate)
-        if self.progress.disable and seconds > self.shown + 30:
-            self.shown, left = seconds, seconds / done * (self.total_steps - row["step"]) / 60
+        """How it goes: a line every half minute."""
+        now, done = time.time(), row["step"] - self.start
+        if now > self.shown + 30:
+            self.shown, seconds = now, (now - self.began) / done  # a step's
+            left = seconds * (self.total_steps - row["step"]) / 60
             print(f"step {row['step']:.0f} of {self.total_steps:,}: loss {row['loss']:.3f}, "
-                  f"{rate} examples/s, {left:.0f} minutes left", flush=True)  # fmt: skip
+                  f"{self.per_step / seconds:.0f} examples/s, {left:.0f} minutes left", flush=True)  # fmt: skip
 
     def log(self, row):
         """A line of log.jsonl."""
         if RANK:
             return
+        path = self.out / "log.jsonl"
         try:
-            with open(self.out / "log.jsonl", "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise OSError(f"{self.out / 'log.jsonl'}: not written ({error.strerror}): make room, "
-                          "then --resume") from error  # fmt: skip
+            raise OSError(f"{path}: not written ({error.strerror}): make room, then --resume") from error
 
     def ends_epoch(self, step):
         """Whether the examples of this step are an epoch's last ones, or the run's."""
@@ -1292,9 +1258,8 @@ class Training:
             self.flush()  # first: the checkpoint tells how long the log is, with all steps so far
             self.checkpoint(step)
         if number:
-            name = signal.Signals(number).name
-            raise KeyboardInterrupt(number, f"{name} after step {step} of {self.total_steps}, "
-                                    "which is saved: --resume goes on from there")  # fmt: skip
+            raise KeyboardInterrupt(number, f"{signal.Signals(number).name} after step {step} of "
+                                    f"{self.total_steps}, which is saved: --resume goes on")  # fmt: skip
 
     def checkpoint(self, step):
         """last.pt, with all that a resumed run needs to repeat the uninterrupted one.
@@ -1309,25 +1274,6 @@ class Training:
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
             log=(self.out / "log.jsonl").stat().st_size,
         )  # fmt: skip
-
-    def __enter__(self):
-        self.handlers = {
-            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, kind, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if kind is None:
-            everywhere = sum(gather(self.unreadable), Counter())
-            list_unreadable(everywhere, "replaced by other examples in training")
-
-    def note(self, number, _):
-        """A signal's handler: remember it until the step is done."""
-        if self.signal:
-            stop_now(number, _)  # a second time: not even the step is finished
-        self.signal = number
 
 
 def list_unreadable(errors, what):
@@ -1349,7 +1295,6 @@ def main(job, given):
 
     --debug shows the traceback.
     """
-    signal.signal(signal.SIGTERM, stop_now)
     try:
         join_processes()
         job(given)
@@ -1371,8 +1316,9 @@ def explain(error):
     """The line to print and the exit code; ("", 1) if it is no error that the user can mend."""
     text = str(error).strip()
     if isinstance(error, KeyboardInterrupt):
-        number, message = error.args or (signal.SIGINT, STOPPED)
-        return message, 128 + number
+        if error.args:  # a step was finished and saved: Training.end_step
+            return error.args[1], 128 + error.args[0]
+        return "stopped: --resume goes on from the last checkpoint, if there is one", 130
     # in the words of CUDA, cuDNN and cuBLAS
     if isinstance(error, RuntimeError) and re.search(r"out of memory|ALLOC\w*_FAILED", text):
         return ("error: out of GPU memory: halve --batch_size and double --grad_accum (the same "

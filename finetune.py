@@ -122,14 +122,13 @@ def parse_arguments(arguments=None):
         given.setdefault("task", Settings.task)
     if "task" in given:
         given["task"] = data.ALIASES.get(given["task"], given["task"])
-    if "split" in given and "eval" not in given:
-        parser.error("--split chooses what --eval CKPT evaluates")
-    needed = {"eval", "predict", "question"}
-    if {"predict", "question", "options"} & given.keys() and not needed <= given.keys():
-        missing = " and ".join(f"--{name}" for name in sorted(needed - given.keys()))
-        parser.error(f"--predict VIDEO, --eval CKPT and --question TEXT go together: add {missing}")
-    if "sheet" in given and "predict" not in given:
-        parser.error("--sheet draws what --predict VIDEO looked at; give that, too")
+    for flag, needed in {
+        "split": ["eval"], "predict": ["eval", "question"], "question": ["predict"],
+        "options": ["predict"], "sheet": ["predict"],
+    }.items():  # fmt: skip
+        missing = [f"--{name}" for name in needed if name not in given]
+        if flag in given and missing:
+            parser.error(f"--{flag} goes with {' and '.join(missing)}: add that")
     return given
 
 
@@ -146,36 +145,29 @@ def row(name, model):
 def run_training(given):
     """Train, then evaluate best.pt on the test split."""
     name = given.get("task", Settings.task)
-    s, start, stopped = clipbert.begin(Settings, given, name, lambda model: row(name, model))
+    s, state = clipbert.begin(Settings, given, name, lambda model: row(name, model))
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
         examples, test = load_examples(s, "train"), load_examples(s, "test")
-        model, vocabulary, answers, guess = (
-            load_model(s, stopped) if stopped else new_model(s, start, examples)
-        )
-    if answers:
-        examples = only_known_answers(s, examples, set(answers), "training: left out")
-        only_known_answers(s, test, set(answers), "test: counted as wrong")  # only says how many
+        model, known = load_model(s, state) if s.resume else new_model(s, state, examples)
+    if known["answers"]:
+        examples = only_known_answers(s, examples, set(known["answers"]), "training: left out")
+        only_known_answers(s, test, set(known["answers"]), "test: counted as wrong")  # says how many
     data.check_cached(examples + test, s)
-    model = clipbert.use_machine(s, model)
-    collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, answers)
-    training = clipbert.Training(
-        s, model, len(examples), stopped, task=s.task, num_outputs=model.num_outputs,
-        vocabulary=vocabulary, answers=answers, guess=guess,
-    )  # fmt: skip
+    model, collate = clipbert.use_machine(s, model), build_collator(s, known)
     print(f"{TASKS[s.task].title}: {len(examples):,} training and {len(test):,} test examples from "
           f"{where(s)}")  # fmt: skip
-    print(training.summary("examples"))
+    stopped = state if s.resume else None
+    training = clipbert.Training(s, model, len(examples), stopped, **known)
     val = validation_examples(s)
-    with training:
-        train(s, model, collate, training, examples, val)
+    train(s, model, collate, training, examples, val)
     if val:
         model.load_state_dict(clipbert.load_checkpoint(training.out / "best.pt")["model"])
     else:
         # To choose a step by the test set would be cheating: the last is the best.
         training.save("best.pt", training.total_steps)
     results = evaluate(s, model, collate, test, s.test_clips)
-    report(s, training.out, "", results, chance_level(s, guess, test), time.time() - training.began)
+    report(s, "", results, chance_level(s, known["guess"], test), time.time() - training.began)
     if not clipbert.RANK:
         example_sheet(s, model, collate, test, results[1]).save(training.out / "sheet.png")
     print_next_steps(s)
@@ -213,22 +205,21 @@ def train(s, model, collate, training, examples, val):
             score = score["r1"] if isinstance(score, dict) else score
             training.validated(step, score, {"validation": score})
             model.train()
-        training.end_step(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data and model
 
 
-def where(s):
-    """The data set in words."""
-    return " ".join(map(str, s.data)) if s.data else f"toy_data/{data.LAYOUTS[s.task].toy}"
-
-
 def folders(s):
     """The data set's folders; without --data that of the toy data, which is written if need be."""
     toy = data.LAYOUTS[s.task].toy
     return s.data or [data.toy_data(toy) / toy]
+
+
+def where(s):
+    """The data set in words."""
+    return " ".join(map(str, folders(s)))
 
 
 def load_examples(s, split):
@@ -249,10 +240,10 @@ def validation_examples(s):
 
 
 def new_model(s, state, examples):
-    """-> (model, vocabulary, answers, guess): all that a checkpoint must hold to be used alone.
+    """-> (model, what else a checkpoint must hold to be used alone). state: --init's, or None.
 
-    state: the checkpoint of --init, or None. answers: of an open-ended task, those that the model
-    can give, in the order of its outputs, else None. guess: see best_guess.
+    answers: of an open-ended task, those that the model can give, in the order of its outputs, else
+    None. guess: see best_guess.
     """
     task, layout, answers = TASKS[s.task], data.LAYOUTS[s.task], None
     if task.kind in ("answer", "soft"):
@@ -267,14 +258,12 @@ def new_model(s, state, examples):
         lambda: data.vocabulary_from_text(texts), lambda: data.read_vocabulary(s.bert),
     )  # fmt: skip
     clipbert.check_size(s, model.cfg)
-    return model, vocabulary, answers, best_guess(task, examples)
+    return model, {"task": s.task, "num_outputs": outputs, "vocabulary": vocabulary,
+                   "answers": answers, "guess": best_guess(task, examples)}  # fmt: skip
 
 
 def load_model(s, state):
-    """-> (model, vocabulary, answers, guess) of one of our fine-tuning checkpoints."""
-    if state["task"] not in TASKS:
-        raise ValueError(f"{s.eval or s.out}: not a fine-tuned checkpoint of ours; fine-tune from "
-                         "it with --init")  # fmt: skip
+    """-> (model, what else its checkpoint holds, see new_model) of a fine-tuning checkpoint."""
     # One retrieval model does for all of them, and for multiple choice among captions.
     retrieval = TASKS[state["task"]].kind == TASKS[s.task].kind == "match"
     if state["task"] != s.task and not retrieval:
@@ -282,7 +271,12 @@ def load_model(s, state):
     model = clipbert.ClipBert(clipbert.config_from(state), state["num_outputs"])
     model.load_state_dict(state["model"])
     clipbert.check_size(s, model.cfg)
-    return model, state["vocabulary"], state["answers"], state["guess"]
+    return model, {k: state[k] for k in ("task", "num_outputs", "vocabulary", "answers", "guess")}
+
+
+def build_collator(s, known):
+    """Texts to tokens and answers to labels, as the model knows them."""
+    return data.Collator(data.build_tokenizer(known["vocabulary"]), s.text_length, known["answers"])
 
 
 def only_known_answers(s, examples, answers, what):
@@ -309,19 +303,19 @@ def evaluate(s, model, collate, examples, clip_counts):
 
     Retrieval asks of every pair of a caption and a video; all other tasks, of each example alone.
     """
-    task, by_clips, predictions, errors = TASKS[s.task], {}, [], []
+    retrieval = TASKS[s.task].kind == "match" and not examples[0].options
+    evaluate_at, by_clips = evaluate_retrieval if retrieval else evaluate_answers, {}
     for n in clip_counts:
-        if task.kind == "match" and not examples[0].options:
-            results = evaluate_retrieval(s, model, collate, examples, n)
-            by_clips[str(n)], predictions, errors = results
-            continue
-        results, errors = score_videos(s, model, collate, examples, n)
-        predictions = [
-            judge(task, e, scores, readable, collate.answers) | {"clips": n}
-            for e, (scores, readable) in zip(examples, results, strict=True)
-        ]
-        by_clips[str(n)] = metrics(task, examples, predictions)
-    return by_clips, predictions, errors
+        by_clips[str(n)], predictions, errors = evaluate_at(s, model, collate, examples, n)
+    return by_clips, [row | {"clips": n} for row in predictions], errors
+
+
+def evaluate_answers(s, model, collate, examples, n_clips):
+    """-> (metrics, predictions, what could not be read) at N_test = n_clips."""
+    results, errors = score_videos(s, model, collate, examples, n_clips)
+    predictions = [judge(TASKS[s.task].kind, example, scores, readable, collate.answers)
+                   for example, (scores, readable) in zip(examples, results, strict=True)]  # fmt: skip
+    return metrics(examples, predictions), predictions, errors
 
 
 @torch.no_grad()
@@ -346,40 +340,48 @@ def score_videos(s, model, collate, examples, n_clips):
     return results, errors
 
 
-def judge(task, example, scores, readable, answers):
-    """A row of predictions.jsonl: the prediction and how good it is.
+def judge(kind, example, scores, readable, answers):
+    """A row of predictions.jsonl: the prediction, and how good it is, as `grade` has it."""
+    # What a model says of a video that can't be read would be a blind guess: 0, or no answer.
+    said = prediction = None
+    if kind == "count":
+        said = scores.item() if readable else 0.0
+        prediction = whole_count(said)
+    elif readable:
+        best, names = scores.argmax().item(), example.options or answers
+        prediction = names[best] if best < len(names) else None  # FrameQA has unused outputs
+        said = best if example.options else prediction  # options may be worded alike
+    return {"id": example.id, "video": example.video, "text": example.text,
+            "options": list(example.options), "answer": example.answer, "prediction": prediction,
+            **grade(kind, example, said)}  # fmt: skip
 
-    That is right or wrong, VQA's accuracy (0..1), or, in counting, the squared error.
+
+def grade(kind, example, said):
+    """How good an answer is: right or wrong, VQA's accuracy from 0 to 1, or the squared error.
+
+    said: what stands in Example.answer for it; of VQA an answer in words; of a count any number.
+    mse_rounded, what papers print, is that of the nearest whole number from 1 to 10.
     """
-    row = {"id": example.id, "video": example.video, "text": example.text,
-           "options": list(example.options), "answer": example.answer}  # fmt: skip
-    if task.kind == "count":  # TGIF-QA counts from 1 to 10
-        number = scores.item() if readable else 0.0
-        said = min(max(round(number), 1), 10)
-        return row | {"prediction": said, "mse": (number - example.answer) ** 2}
-    best, names = scores.argmax().item(), example.options or answers
-    # None: an unused output, or a video that can't be read, whose answer would be a blind guess
-    said = names[best] if readable and best < len(names) else None
-    if task.kind == "soft":
-        accuracy = data.vqa_accuracy(said, example) if said else 0.0
-        return row | {"prediction": said, "accuracy": accuracy}
-    # Options may be worded alike: their numbers decide.
-    correct = best == example.answer if example.options else said == example.answer
-    return row | {"prediction": said, "accuracy": bool(readable and correct)}
+    if kind == "count":
+        return {"mse": (said - example.answer) ** 2,
+                "mse_rounded": (whole_count(said) - example.answer) ** 2}  # fmt: skip
+    if kind == "soft":
+        return {"accuracy": data.vqa_accuracy(said, example) if said else 0.0}
+    return {"accuracy": said == example.answer}
 
 
-def metrics(task, examples, predictions):
-    """Accuracy in percent, of all examples and of each kind of question (FrameQA, VQA).
+def whole_count(number):
+    """TGIF-QA counts from 1 to 10."""
+    return min(max(round(number), 1), 10)
 
-    In counting the mean squared error of the raw output, and mse_rounded, what papers print: that
-    of the nearest whole number from 1 to 10.
-    """
-    if task.kind == "count":
-        rounded = mean((row["prediction"] - row["answer"]) ** 2 for row in predictions)
-        return {"mse": mean(row["mse"] for row in predictions), "mse_rounded": rounded}
+
+def metrics(examples, grades):
+    """Means of the grades; accuracies in percent, also of each kind of question (FrameQA, VQA)."""
+    if "mse" in grades[0]:
+        return {name: mean(row[name] for row in grades) for name in ("mse", "mse_rounded")}
     values = {"accuracy": []}
-    for e, row in zip(examples, predictions, strict=True):
-        for name in {"accuracy", f"accuracy_{e.kind}" if e.kind else "accuracy"}:
+    for example, row in zip(examples, grades, strict=True):
+        for name in {"accuracy", f"accuracy_{example.kind}" if example.kind else "accuracy"}:
             values.setdefault(name, []).append(100 * row["accuracy"])
     return {name: mean(values[name]) for name in sorted(values)}
 
@@ -412,13 +414,7 @@ def chance_level(s, guess, test):
         # a random order of m videos: R@k is k/m, and the mean rank (m + 1) / 2
         recalls = {f"r{k}": min(100.0, 100 * k / videos) for k in (1, 5, 10)}
         return recalls | {"median_rank": (videos + 1) / 2, "mean_rank": (videos + 1) / 2}
-    if kind == "count":
-        mse, rounded = (mean((example.answer - said) ** 2 for example in test)
-                        for said in (guess, round(guess)))  # fmt: skip
-        return {"mse": mse, "mse_rounded": rounded}
-    if kind == "soft":
-        return {"accuracy": mean(100 * data.vqa_accuracy(guess, example) for example in test)}
-    return {"accuracy": mean(100 * (example.answer == guess) for example in test)}
+    return metrics(test, [grade(kind, example, guess) for example in test])
 
 
 # -------------------------------------------------- retrieval: every caption against every video
@@ -432,13 +428,13 @@ def evaluate_retrieval(s, model, collate, examples, n_clips):
     places = {example.video: i for i, example in enumerate(videos)}
     columns = torch.tensor([places[example.video] for example in examples])
     grids, errors = encode_videos(s, model, collate, videos, n_clips)
-    rerank = s.rerank if n_clips > 1 else None  # one clip: the first score is the full one
-    scores = score_pairs(s, model, collate, [example.text for example in examples], grids, rerank)
+    texts = [example.text for example in examples]
+    scores = score_pairs(s, model, collate, texts, grids, s.rerank if n_clips > 1 else None)
     ranks = ranks_of(scores.gather(1, columns[:, None]), scores).tolist()
     best = scores.topk(min(5, len(videos))).indices.tolist()
     predictions = [
         {"id": e.id, "video": e.video, "text": e.text, "rank": rank,
-         "prediction": [videos[i].video for i in top], "clips": n_clips}
+         "prediction": [videos[i].video for i in top]}
         for e, rank, top in zip(examples, ranks, best, strict=True)
     ]  # fmt: skip
     return retrieval_metrics(scores, columns), predictions, errors
@@ -463,50 +459,51 @@ def encode_videos(s, model, collate, videos, n_clips):
     return grids, errors
 
 
-@torch.no_grad()
 def score_pairs(s, model, collate, texts, grids, rerank=None):
     """Probabilities (captions, videos) that they belong together; 0 if the video can't be read.
 
-    rerank = K: all pairs are scored on the middle clip alone, and only the best K of each caption
-    on all clips. Of the other pairs it returns that first score minus 1: in both directions they
+    rerank = K: all pairs are scored on the middle clip alone, and only the best K videos of each
+    caption on all clips. The other pairs keep that first score minus 1: in both directions they
     rank among themselves, below all pairs that were scored in full.
     """
-    model.eval()
     tokens = collate.tokenizer(texts, padding=True, truncation=True, max_length=s.text_length,
                                return_tensors="pt")  # fmt: skip
-    # float32 would lose small scores beside the -1
-    scores = torch.zeros(len(texts), len(grids), dtype=torch.float64)
+    if not rerank or rerank >= len(grids):
+        return score_chosen(s, model, tokens, grids, torch.ones(len(texts), len(grids)).bool())
+    middle = [grid if grid is None else grid[len(grid) // 2][None] for grid in grids]
+    first = score_chosen(s, model, tokens, middle, torch.ones(len(texts), len(grids)).bool())
+    best = torch.zeros_like(first).bool().scatter(1, first.topk(rerank).indices, True)
+    return torch.where(best, score_chosen(s, model, tokens, grids, best), first - 1)
 
-    def fill(chosen, clips_of):
-        for column, grid in enumerate(grids):
-            rows = chosen[:, column].nonzero().flatten()
-            if grid is not None and len(rows):
-                for places, p in score_captions(s, model, tokens, rows, clips_of(grid)):
-                    scores[places, column] = p
 
-    chosen = torch.ones_like(scores, dtype=torch.bool)
-    if rerank and rerank < len(grids):
-        fill(chosen, lambda grid: grid[len(grid) // 2][None])
-        chosen = torch.zeros_like(chosen).scatter(1, scores.topk(rerank).indices, True)
-        scores -= 1
-    fill(chosen, lambda grid: grid)
+@torch.no_grad()
+def score_chosen(s, model, tokens, grids, chosen):
+    """As score_pairs, of the pairs in the mask chosen (captions, videos); the others are 0."""
+    model.eval()
+    lengths = tokens["attention_mask"].sum(1)
+    by_length = lengths.argsort()  # captions of like length together: little is padding
+    # float64: float32 would lose small scores beside the -1 of rerank
+    scores = torch.zeros(chosen.shape, dtype=torch.float64)
+    for column, grid in enumerate(grids):
+        captions = by_length[chosen[by_length, column]]
+        if grid is None or not len(captions):
+            continue
+        for some in captions.split(max(1, 1024 // len(grid))):  # 1,024 sequences: a GPU of 12 GB
+            text = (tokens[key][some, : lengths[some].max()]
+                    for key in ("input_ids", "attention_mask"))  # fmt: skip
+            scores[some, column] = score_captions(s, model, grid, *text)
     return scores
 
 
-def score_captions(s, model, tokens, rows, grid):
-    """Yield places (C,), probabilities (C,) of the captions in `rows`; grid (N, h, w, d): a video.
-
-    Captions of like length go together, so that little is computed for padding.
-    """
-    N, grid = len(grid), grid[:, None].to(clipbert.DEVICE)  # (N, 1, h, w, d): N videos of one frame
-    lengths = tokens["attention_mask"].sum(1)
-    in_order = rows[lengths[rows].argsort()]
-    for places in in_order.split(max(1, 1024 // N)):  # 1,024 sequences fit a GPU of 12 GB
-        text = (tokens[key][places, : lengths[places].max()].repeat(N, 1).to(clipbert.DEVICE)
-                for key in ("input_ids", "attention_mask"))  # fmt: skip
-        with clipbert.autocast(s):  # (N*C, 2): all captions for clip 1, all for clip 2, ...
-            logits = model.classify(grid, *text).view(N, len(places), 2)
-        yield places, clipbert.match_score(clipbert.aggregate_clips(logits.double(), s.agg)).cpu()
+def score_captions(s, model, grid, input_ids, attention_mask):
+    """Probabilities (C,) that captions (C, Lt) belong to a video; grid (N, h, w, d): its clips."""
+    N, C = len(grid), len(input_ids)
+    grid = grid[:, None].to(clipbert.DEVICE)  # (N, 1, h, w, d): N videos of one frame
+    # (N*C, Lt): all captions for clip 1, all for clip 2, ...
+    text = (x.repeat(N, 1).to(clipbert.DEVICE) for x in (input_ids, attention_mask))
+    with clipbert.autocast(s):
+        logits = model.classify(grid, *text).view(N, C, 2)
+    return clipbert.match_score(clipbert.aggregate_clips(logits.double(), s.agg)).cpu()
 
 
 def retrieval_metrics(scores, video_of_caption):
@@ -555,26 +552,27 @@ def recalls(ranks):
 # What a run leaves behind
 
 
-def report(s, folder, ending, results, chance, seconds):
+def report(s, ending, results, chance, seconds):
     """Write metrics.json and predictions.jsonl (--eval: with an ending to their names); print the table."""
     by_clips, predictions, errors = results
-    row = {
+    everything = {
         "task": s.task, "data": where(s) if s.data else "toy", "split": s.split, "examples": len(predictions),
         "chance": round(next(iter(chance.values())), 4), "seconds": round(seconds, 1), "blind": s.blind,
         "unreadable": len(errors), "by_clips": by_clips,
     }  # fmt: skip
-    clipbert.write_file(folder / f"metrics{ending}.json", json.dumps(row, indent=2) + "\n")
+    path = Path(s.out) / f"metrics{ending}.json"
+    clipbert.write_file(path, json.dumps(everything, indent=2) + "\n")
     lines = "".join(json.dumps(prediction) + "\n" for prediction in predictions)
-    clipbert.write_file(folder / f"predictions{ending}.jsonl", lines)
-    print(f"\n{TASKS[s.task].title}, {row['data']} data, {len(predictions):,} {s.split} examples, G = {s.agg}"
-          f"{', blind' if s.blind else ''}")  # fmt: skip
+    clipbert.write_file(path.with_name(f"predictions{ending}.jsonl"), lines)
+    print(f"\n{TASKS[s.task].title}, {everything['data']} data, {len(predictions):,} {s.split} examples, "
+          f"G = {s.agg}{', blind' if s.blind else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
         by_clips = {f"{n} {way}": both[way] for n, both in by_clips.items() for way in both}
-    names, wide = list(next(iter(by_clips.values()))), max(18, *(len(n) + 2 for n in by_clips))
-    print(f"{'N_test':<{wide}}" + "".join(f"{name:>{max(len(name), 8) + 2}}" for name in names))
+    names = list(next(iter(by_clips.values())))
+    print(f"{'N_test':18}" + "".join(f"{name:>{len(name) + 4}}" for name in names))
     for n, row in (by_clips | {"chance": chance}).items():
-        cells = (f"{row[name]:.2f}" if name in row else "" for name in names)
-        print(f"{n:<{wide}}" + "".join(f"{c:>{max(len(name), 8) + 2}}" for name, c in zip(names, cells, strict=True)))
+        print(f"{n:18}" + "".join(f"{row[name]:{len(name) + 4}.2f}" for name in names))
+    print(f"written to {path}")
     clipbert.list_unreadable(errors, "counted as wrong")
 
 
@@ -593,21 +591,21 @@ def print_next_steps(s):
 
 
 def load_for_use(given):
-    """--eval: (s, model, collate, guess) of a fine-tuned checkpoint, with its settings where no flag says otherwise."""
+    """--eval: (s, model, collate, known) of a fine-tuned checkpoint, with its settings where no flag says otherwise."""
     s, state = clipbert.load_finished(Settings, given)
-    model, vocabulary, answers, guess = load_model(s, state)
-    model = clipbert.use_machine(s, model)
-    return s, model, data.Collator(data.build_tokenizer(vocabulary), s.text_length, answers), guess
+    model, known = load_model(s, state)
+    return s, clipbert.use_machine(s, model), build_collator(s, known), known
 
 
 def run_evaluation(given):
     """--eval: evaluate a checkpoint at each N_test. The results lie beside it, named after what was evaluated."""
-    s, model, collate, guess = load_for_use(given)
+    s, model, collate, known = load_for_use(given)
     test = load_examples(s, s.split)
     data.check_cached(test, s)
     began = time.time()
     results = evaluate(s, model, collate, test, s.test_clips)
-    report(s, Path(s.out), clipbert.result_suffix(s, s.task, s.split), results, chance_level(s, guess, test), time.time() - began)
+    ending = clipbert.result_suffix(s, s.task, s.split)
+    report(s, ending, results, chance_level(s, known["guess"], test), time.time() - began)
 
 
 def run_prediction(given):

@@ -79,24 +79,22 @@ def run_training(given):
     """Pretrain, then evaluate the last weights on the validation images."""
     toy = {} if "data" in given else TOY
     changes = {"tiny": TINY | toy, "base": {}}  # the defaults are the paper's
-    s, start, stopped = clipbert.begin(Settings, given, "pretrain", changes.get)
+    s, state = clipbert.begin(Settings, given, "pretrain", changes.get)
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
     with clipbert.first_one_first():  # there may be toy data to write, or weights to download
         examples, val = load_examples(s)
-        model, vocabulary = load_model(s, stopped) if stopped else new_model(s, start, examples)
+        model, vocabulary = load_model(s, state) if s.resume else new_model(s, state, examples)
     data.check_cached(examples + val, s)
     model = clipbert.use_machine(s, model)
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
+    print(f"{len(examples):,} groups of {s.captions} captions for training, {len(val):,} for "
+          "validation")  # fmt: skip
+    stopped = state if s.resume else None
     training = clipbert.Training(
         s, model, len(examples), stopped, task="pretrain", vocabulary=vocabulary
     )
-    print(f"{len(examples):,} groups of {s.captions} captions for training, {len(val):,} for "
-          "validation")  # fmt: skip
-    print(training.summary("groups"))
-    with training:
-        train(s, model, collate, training, examples, val)
-    results = evaluate(s, model, collate, val)
-    report(s, training.out, "", val, *results, time.time() - training.began)
+    train(s, model, collate, training, examples, val)
+    report(s, "", val, *evaluate(s, model, collate, val), time.time() - training.began)
     if not s.data:
         print(f"\nNext: python finetune.py --task tgif_qa --init {training.out / 'last.pt'}")
 
@@ -136,7 +134,6 @@ def train(s, model, collate, training, examples, val):
             metrics, _ = evaluate(s, model, collate, val)
             training.validated(step, -(metrics["mlm_loss"] + metrics["itm_loss"]), metrics)
             model.train()
-        training.end_step(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,27 +155,28 @@ def load_folder(s, folder):
     Without validation captions a tenth of the images is held out, with all that is said of them: a
     caption of an image that was seen in training would be no test.
     """
-    train, val = (data.read_examples("pretrain", [folder], split) for split in ("train", "val"))
-    train = data.without_missing(train, "train", folder, s.allow_missing)
-    val = data.without_missing(val, "val", folder, s.allow_missing)
-    images = list({example.video: None for example in val or train})
+    train, val = (
+        data.without_missing(data.read_examples("pretrain", [folder], split), split, folder,
+                             s.allow_missing) for split in ("train", "val")
+    )  # fmt: skip
+    seen, kept = images_of(train), images_of(val)
     if not val:
         # Seed 0, whatever --seed is: --eval with another seed would hold out other images, on which
         # the checkpoint may have been trained.
-        random.Random(0).shuffle(images)
-        images = images[: max(2, len(images) // 10)]  # one has no other to be confused with
-        held_out = set(images)
-        print(f"{folder}: no validation captions, so {len(images):,} images are held out")
-        val, train = (
-            [e for e in train if (e.video in held_out) == held] for held in (True, False)
-        )
-    kept = set(images[: min(s.limit or MOST_VALIDATION, MOST_VALIDATION)])
-    seen = set(list({example.video: None for example in train})[: s.limit])
-    train, val = [e for e in train if e.video in seen], [e for e in val if e.video in kept]
-    if not train or len(kept) < 2:
+        shuffled = random.Random(0).sample(seen, len(seen))
+        kept = shuffled[: max(2, len(seen) // 10)]  # one has no other to be confused with
+        seen, val = [image for image in seen if image not in set(kept)], train
+        print(f"{folder}: no validation captions, so {len(kept):,} images are held out")
+    seen, kept = set(seen[: s.limit]), set(kept[: min(s.limit or MOST_VALIDATION, MOST_VALIDATION)])
+    if not seen or len(kept) < 2:
         raise data.DataError(f"{folder}: {len(seen)} training and {len(kept)} validation images "
                              "are too few: put more captioned images there")  # fmt: skip
-    return train, val
+    return [e for e in train if e.video in seen], [e for e in val if e.video in kept]
+
+
+def images_of(examples):
+    """Each image once, in order."""
+    return list(dict.fromkeys(example.video for example in examples))
 
 
 def new_model(s, state, examples):
@@ -200,9 +198,6 @@ def new_model(s, state, examples):
 
 def load_model(s, state):
     """-> (model, vocabulary) of one of our pretraining checkpoints."""
-    if state["task"] != "pretrain":
-        raise ValueError(f"{s.eval or s.out}: not a checkpoint of pretrain.py; start from it with "
-                         "--init")  # fmt: skip
     model = clipbert.ClipBertForPreTraining(clipbert.config_from(state))
     model.load_state_dict(state["model"])
     clipbert.check_size(s, model.cfg)
@@ -224,25 +219,26 @@ def evaluate(s, model, collate, val):
     draw = data.CaptionDraw(val, s.captions)
     dataset = data.ClipDataset(val, replace(s, seed=0), n_clips=1, train=False, draw=draw)
     own = data.ordered_batches(len(val), s.batch_size)[clipbert.RANK :: clipbert.PROCESSES]
-    # Of each masked word, and of each text: right, loss, matching (see judge). A process may have
-    # no batch at all: hence a beginning without rows.
-    words, texts, errors = [torch.zeros(0, 3)], [torch.zeros(0, 3)], []
+    words, texts, errors = [], [], []  # a row for each masked word, for each text (see judge)
     for batch in data.data_loader(dataset, own, collate, s.workers):
         batch = clipbert.to_device(batch)
         with clipbert.autocast(s):
             mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"])
-        match, (text, place) = batch["target"], (batch["mlm_labels"] != -100).nonzero(as_tuple=True)
-        words.append(judge(mlm[text, place], batch["mlm_labels"][text, place], match[text]))
+        match, labels = batch["target"], batch["mlm_labels"]
+        masked = labels != -100  # (B*n, Lt)
+        words.append(judge(mlm[masked], labels[masked], match.repeat_interleave(masked.sum(1))))
         texts.append(judge(itm, match, match))
         errors += [line for lines in batch["unreadable"] for line in lines]
-    parts = clipbert.gather((torch.cat(words), torch.cat(texts), errors))  # from all processes
-    words, texts = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    # From all processes, of which one may have had no batch at all: hence a beginning of no rows.
+    words, texts, errors = ([x for part in clipbert.gather(mine) for x in part]
+                            for mine in (words, texts, errors))  # fmt: skip
+    words, texts = (torch.cat([torch.zeros(0, 3), *rows]) for rows in (words, texts))
     return {
         "mlm_accuracy": mean(100 * words[:, 0]), "mlm_loss": mean(words[:, 1]),
         "mlm_accuracy_matched": mean(100 * words[words[:, 2] == 1, 0]),
         "itm_accuracy": mean(100 * texts[:, 0]), "itm_loss": mean(texts[:, 1]),
         "masked_words": len(words), "captions": len(texts), "matched": int(texts[:, 2].sum()),
-    }, [line for part in parts for line in part[2]]  # fmt: skip
+    }, errors  # fmt: skip
 
 
 def judge(scores, labels, match):
@@ -263,19 +259,19 @@ def run_evaluation(given):
     model, vocabulary = load_model(s, state)
     model, began = clipbert.use_machine(s, model), time.time()
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
-    results, ending = evaluate(s, model, collate, val), clipbert.result_suffix(s, "val")
-    report(s, Path(s.out), ending, val, *results, time.time() - began)
+    results = evaluate(s, model, collate, val)
+    report(s, clipbert.result_suffix(s, "val"), val, *results, time.time() - began)
 
 
-def report(s, folder, ending, val, metrics, errors, seconds):
+def report(s, ending, val, metrics, errors, seconds):
     """Write metrics.json (--eval: with an ending to its name); print the table."""
-    images = len({example.video for example in val})
+    images, path = len(images_of(val)), Path(s.out) / f"metrics{ending}.json"
     everything = {
         "task": "pretrain", "data": [str(x) for x in s.data] if s.data else "toy", "split": "val",
         "examples": images, "chance": 50.0, "seconds": round(seconds, 1), "blind": s.blind,
         "unreadable": len(errors), **metrics,
     }  # fmt: skip
-    clipbert.write_file(folder / f"metrics{ending}.json", json.dumps(everything, indent=2) + "\n")
+    clipbert.write_file(path, json.dumps(everything, indent=2) + "\n")
     print(f"\npretraining, {images:,} validation images, {metrics['captions']:,} captions, "
           f"{metrics['matched']:,} of them the image's own, {metrics['masked_words']:,} masked "
           f"tokens{', blind' if s.blind else ''}")  # fmt: skip
@@ -284,6 +280,7 @@ def report(s, folder, ending, val, metrics, errors, seconds):
         print(f"{name:28}{metrics[f'{key}_accuracy']:10.2f}{metrics[f'{key}_loss']:10.4f}")
         if key == "mlm":  # the others are about other images: there the words alone must do
             print(f"{'  in matching captions':28}{metrics['mlm_accuracy_matched']:10.2f}")
+    print(f"written to {path}")
     clipbert.list_unreadable(errors, "seen as black in evaluation")
 
 

@@ -110,11 +110,12 @@ def training(toy, tmp_path):
 
 
 def test_signal_handlers_are_given_back_and_a_second_signal_stops_at_once(training):
-    before = signal.getsignal(signal.SIGTERM)
-    with training() as begun, pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert begun.signal == signal.SIGTERM
-        os.kill(os.getpid(), signal.SIGTERM)
+    before, begun = signal.getsignal(signal.SIGTERM), training()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in begun.steps():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert begun.signal == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -214,7 +215,6 @@ def update(training, step, broken=False):
 def test_nonfinite_gradients_in_fp16_stop_the_run_once_the_scale_is_below_one(training):
     """A scaler starts at 2^16 and is halved at each overflow: 16 are no reason to stop, more are no overflows."""
     begun = training("fp16")
-    begun.steps()
     weights = [p.clone() for p in begun.model.parameters()]
     for step in range(1, 20):
         update(begun, step, broken=True)

@@ -101,10 +101,9 @@ def test_evaluation_in_two_stages_scores_the_best_in_full_and_ranks_all_others_b
 def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy_msrvtt, monkeypatch):
     texts = ["the star", "the star does jump before spin", "star", "the star does jump"] * 400
     job, masks = Job(toy_msrvtt), []
-    tokens = job.collate.tokenizer(texts, padding=True, return_tensors="pt")
     monkeypatch.setattr(job.model, "classify", lambda grid, ids, mask: masks.append(mask) or torch.zeros(len(ids), 2))
-    scored = finetune.score_captions(job.s, job.model, tokens, torch.arange(1, 1600), torch.zeros(2, 4, 4, 96))
-    assert sorted(row.item() for rows, _ in scored for row in rows) == list(range(1, 1600))
+    scores = finetune.score_pairs(job.s, job.model, job.collate, texts, [torch.zeros(2, 4, 4, 96)])
+    assert (scores == 0.5).all() and sum(len(mask) for mask in masks) == 2 * 1600  # each for two clips
     assert all(len(mask) <= 1024 and mask.sum(1).max() == mask.shape[1] for mask in masks)
     assert sum(mask.numel() for mask in masks) < 1.2 * sum(mask.sum() for mask in masks)
 
