@@ -875,9 +875,8 @@ def write_file(path, content, previous=None):
             os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
-        resumable = previous and os.path.exists(path)
-        cure = "make room, then --resume" if resumable else "make room or choose another --out"
-        raise OSError(f"{path}: not written ({error.strerror or error}): {cure}") from error
+        raise OSError(f"{path}: not written ({error.strerror or error}): make room, then --resume, "
+                      "or choose another --out") from error  # fmt: skip
     finally:
         with suppress(OSError):  # the disk may be gone altogether
             temporary.unlink(missing_ok=True)
@@ -1107,8 +1106,8 @@ class Training:
         self.waiting, self.unreadable = [], Counter()  # rows to log; error lines and how often
         self.signal, self.began, self.shown = 0, time.time(), 0.0  # shown: when, see `show`
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {DEVICE}, "
-              f"{self.total_steps:,} updates of {self.per_step} of the {n_examples:,} examples, "
-              f"learning rate {s.lr:g}; all settings: {self.out / 'config.json'}")  # fmt: skip
+              f"{self.total_steps:,} updates of {self.per_step} examples ({n_examples:,} an epoch), "
+              f"learning rate {s.lr:g}; all settings are in {self.out / 'config.json'}")  # fmt: skip
 
     def restore(self, state):
         """Go on as if there had been no stop; the weights are there. -> bytes of the log to keep."""
