@@ -13,7 +13,6 @@ left as it is: a tiny model on toy clips need not agree.
 
 import argparse
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -131,8 +130,10 @@ def train(variant, seed):
         change()
     # Of a flag that is given twice, the last one counts: the variant's.
     flags = f"--task tgif_qa_transition --max_steps {STEPS} --test_clips 16 {variant.start} {variant.flags} --workers 0"
-    with tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        finetune.run_training(finetune.parse_arguments([*flags.split(), "--seed", str(seed), "--out", out]))
+    with tempfile.TemporaryDirectory() as out:
+        given = finetune.parse_arguments([*flags.split(), "--seed", str(seed), "--out", out])
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            finetune.run_training(given)
         by_clips = json.loads((Path(out) / "metrics.json").read_text())["by_clips"]
     return {n: row["accuracy"] for n, row in by_clips.items()}
 
@@ -140,7 +141,7 @@ def train(variant, seed):
 def run_all(claims, seeds):
     """{(variant, seed): {N_test: accuracy}}, each trained once, however many claims it stands in."""
     variants = dict.fromkeys(variant for _, variants in claims for variant in variants.values())
-    runs = list(itertools.product(variants, seeds))
+    runs = [(variant, seed) for variant in variants for seed in seeds]
     # A process for each run: a changed function must not outlive it.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         return dict(zip(runs, tqdm(pool.map(train, *zip(*runs)), total=len(runs), unit=" runs"), strict=True))
