@@ -1,4 +1,4 @@
-"""tests/ablations.py: its runs can be made, and one changed function does what it says; what comes of them is not tested."""
+"""tests/ablations.py: its runs can be made, a changed function does what it says; what comes of them is not tested."""
 
 import ablations
 import pytest

@@ -96,5 +96,5 @@ def test_a_place_that_cannot_be_written_is_named_in_one_line(number, tmp_path, m
     monkeypatch.setitem(data.TOY_PARTS, "tgif_qa", Mock(side_effect=OSError(number, os.strerror(number))))
     with pytest.raises(data.DataError) as error:
         data.toy_data("tgif_qa", folder=tmp_path)
-    assert str(error.value).startswith(f"{tmp_path}/tgif_qa: toy data cannot be written there ({os.strerror(number)}); ")
+    assert str(error.value).startswith(f"{tmp_path}/tgif_qa: toy data cannot be written there ({os.strerror(number)})")
     assert "\n" not in str(error.value) and "choose another directory" in str(error.value)
