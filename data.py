@@ -1533,28 +1533,25 @@ def toy_video(name, rng):
     for _ in range(TOY_FRAMES - TOY_BUSY - TOY_LAST - len(rests)):
         rests[rng.randrange(len(rests))] += 1
     # Each repetition leaves a mark in the picture, so that they can be counted in one frame of the
-    # right moment. The marks of the last round stay until the next one begins.
+    # right moment; the last action leaves none. The marks stay until the next round begins.
     timeline = [("nothing", times)] * rests[0]
-    for i in range(times + 1):
-        act, length = (action, (TOY_BUSY + i) // times) if i < times else (last, TOY_LAST)
-        marks = min(i + 1, times)  # the last action leaves none
-        timeline += [(act, marks)] * length + [("nothing", marks)] * rests[i + 1]
+    for i in range(1, times + 1):
+        timeline += [(action, i)] * ((TOY_BUSY + i - 1) // times) + [("nothing", i)] * rests[i]
+    timeline += [(last, times)] * TOY_LAST + [("nothing", times)] * rests[-1]
     start = rng.randrange(TOY_FRAMES)  # GIFs loop: one may start anywhere, so no place is special
     timeline = timeline[start:] + timeline[:start]
-    looks = (TOY_COLORS, TOY_SHAPES, TOY_PLACES, TOY_NUMBERS)
-    color, shape, place, moons = (rng.choice(list(things)) for things in looks)
-    return ToyVideo(name, color, shape, place, moons, action, times, last, timeline)
+    looks = [rng.choice(list(kinds)) for kinds in (TOY_COLORS, TOY_SHAPES, TOY_PLACES, TOY_NUMBERS)]
+    return ToyVideo(name, *looks, action, times, last, timeline)
 
 
-def draw_toy_object(draw, color, shape, x, y, action):
-    """One object in one of nine states, each to be told from one frame: idle, or TOY_ACTIONS."""
+def draw_toy_object(draw, video, action, x, y):
+    """The video's object in one of nine states, each to be told from one frame: idle, or TOY_ACTIONS."""
     if action == "jump":
         draw.ellipse((x - 10, y + 9, x + 10, y + 13), fill="#6e6e6e")  # the shadow stays
         y -= 12
     elif action == "spin":
         for start in (0, 180):
-            ring = (x - 16, y - 16, x + 16, y + 16)
-            draw.arc(ring, start, start + 110, fill="#96ffff", width=2)
+            draw.arc((x - 16, y - 16, x + 16, y + 16), start, start + 110, fill="#96ffff", width=2)
     elif action == "shine":
         for a in (math.pi / 4 * i for i in range(8)):
             ray = [(x + length * math.cos(a), y + length * math.sin(a)) for length in (13, 19)]
@@ -1564,19 +1561,19 @@ def draw_toy_object(draw, color, shape, x, y, action):
             draw.line((x + side * 7, y, x + side * 18, y - 16), fill="#ffc8ff", width=3)
     # Radius 10: somewhat wider than one of the grid's cells (16 pixels), with room for the action.
     r = 10 * {"grow": 1.6, "shrink": 0.5, "split": 0.6}.get(action, 1)
-    for shift in (-10, 10) if action == "split" else (0,):
-        corners = [(x + shift + r * dx, y + r * dy) for dx, dy in TOY_SHAPES[shape]]
+    color = TOY_COLORS[video.color]
+    for middle in (x - 10, x + 10) if action == "split" else (x,):
+        corners = [(middle + r * dx, y + r * dy) for dx, dy in TOY_SHAPES[video.shape]]
         draw.polygon(corners, fill=None if action == "blink" else color, outline=color, width=2)
 
 
 def draw_toy_video(video, rng):
-    """The frames of a toy video, as Pillow images."""
+    """Yield the frames of a toy video, as Pillow images."""
     # Background, exact place and drift say nothing about any answer. They make each GIF another
     # picture, so that it can't be recognised as one of training.
     background = tuple(rng.randint(0, 70) for _ in range(3))  # dark: every colour is seen on it
     x, y = (c + rng.uniform(-3, 3) for c in TOY_PLACES[video.place])
     drift = rng.uniform(-5, 5)
-    frames = []
     for t, (action, marks) in enumerate(video.timeline):
         image = Image.new("RGB", (TOY_SIZE, TOY_SIZE), background)
         draw = ImageDraw.Draw(image)
@@ -1585,10 +1582,8 @@ def draw_toy_video(video, rng):
         for i in range(marks):
             draw.rectangle((4 + 9 * i, 58, 9 + 9 * i, 62), fill="#c8c8c8")
         # Never still: a GIF writer would merge equal frames, and their number would change.
-        place = (x + drift * t / TOY_FRAMES, y + t % 2)
-        draw_toy_object(draw, TOY_COLORS[video.color], video.shape, *place, action)
-        frames.append(image)
-    return frames
+        draw_toy_object(draw, video, action, x + drift * t / TOY_FRAMES, y + t % 2)
+        yield image
 
 
 # -------------------------------------------------- writing: media, tables
@@ -1603,19 +1598,14 @@ def write_gif(frames, path):
                optimize=False)  # fmt: skip
 
 
-def write_toy_photos(folder, prefix, first, count, rng):
-    """Write photos and yield (number, photo): each is one frame of a toy video.
-
-    They are numbered from `first` on: annotations name a photo by its number alone, so that no
-    number may stand for a photo of training and for one of the test.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(first, first + count):
-        action = rng.choice(["nothing", *TOY_ACTIONS])
-        photo = toy_video("", rng)
-        photo = photo._replace(action=action, timeline=[(action, rng.randint(0, 5))])  # any marks
-        draw_toy_video(photo, rng)[0].save(folder / f"{prefix}{number:012d}.png")
-        yield number, photo
+def write_toy_photo(path, rng):
+    """Write a photo, which is one frame of a toy video; -> what it shows."""
+    action = rng.choice(["nothing", *TOY_ACTIONS])
+    photo = toy_video(path.name, rng)
+    photo = photo._replace(action=action, timeline=[(action, rng.randint(0, 5))])  # any marks
+    path.parent.mkdir(parents=True, exist_ok=True)
+    next(draw_toy_video(photo, rng)).save(path)
+    return photo
 
 
 def write_table(path, rows, separator=",", end="\n"):
@@ -1681,25 +1671,27 @@ def toy_columns(video, kind, rng):
     return {"question": question, **{f"a{i}": o for i, o in enumerate(options, 1)}, "answer": place}
 
 
+# VQA's annotations name a photo by its number alone, so no number may stand for two: the numbers of
+# the second split begin behind those of the first.
 def write_toy_coco(folder, train=2000, val=200):
     """COCO's layout: captions_{train,val}2017.json, {train,val}2017/<12 digits>.png."""
     # Pretraining has no test: its validation says how well a masked word and a match are guessed.
     for split, first, count in (("train", 1, train), ("val", train + 1, val)):
         rng, images, said = random.Random(f"photos {split} 0"), [], []
-        for number, photo in write_toy_photos(folder / f"{split}2017", "", first, count, rng):
-            images.append({"id": number, "file_name": f"{number:012d}.png", "width": TOY_SIZE,
-                           "height": TOY_SIZE})  # fmt: skip
+        for number in range(first, first + count):
+            photo = write_toy_photo(folder / f"{split}2017" / f"{number:012d}.png", rng)
+            images.append({"id": number, "file_name": photo.name, "width": TOY_SIZE, "height": TOY_SIZE})
             said += [{"image_id": number, "caption": photo.say(text)} for text in TOY_CAPTIONS]
-        contents = {"images": images, "annotations": numbered("id", said)}
-        write_json(folder / f"captions_{split}2017.json", contents)
+        write_json(folder / f"captions_{split}2017.json",
+                   {"images": images, "annotations": numbered("id", said)})  # fmt: skip
 
 
 def write_toy_vqa(folder, train=1500, test=200):
     """VQA v2's layout: official questions and annotations, two questions a photo."""
     for split, first, count in (("train2014", 1, train), ("val2014", train + 1, test)):
         rng, questions, annotations = random.Random(f"vqa {split} 0"), [], []
-        photos = write_toy_photos(folder / split, f"COCO_{split}_", first, count, rng)
-        for number, photo in photos:
+        for number in range(first, first + count):
+            photo = write_toy_photo(folder / split / f"COCO_{split}_{number:012d}.png", rng)
             for _ in range(2):
                 question, answer, kind = toy_vqa_question(photo, rng)
                 # Ten people answer, and one has not looked: soft scores, as in the real data.
@@ -1707,15 +1699,13 @@ def write_toy_vqa(folder, train=1500, test=200):
                 said = [{"answer": given, "answer_id": i} for i, given in enumerate(people, 1)]
                 ids = {"question_id": len(questions), "image_id": number}
                 questions.append(ids | {"question": question})
-                annotations.append(ids | {"answers": said, "answer_type": kind,
-                                          "multiple_choice_answer": answer})  # fmt: skip
+                annotations.append(ids | {"answers": said, "answer_type": kind, "multiple_choice_answer": answer})
         write_json(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions})
         write_json(folder / f"v2_mscoco_{split}_annotations.json", {"annotations": annotations})
 
 
 def toy_vqa_question(photo, rng):
     """(question, answer, answer type): yes/no, number or other, as the official files name them."""
-    # Three kinds, as in VQA v2: yes or no, a number, a word.
     if rng.random() < 0.3:
         # The true colour half of the time, else any of the eight: "yes" is right in 56%, so that
         # it can't be guessed.
@@ -1766,12 +1756,12 @@ def toy_msrvtt_videos(folder, train, test, rng):
 
     Else a caption would fit two of them. There are 4 x 28 = 112 contents, so at most 112 tests.
     """
-    seen, videos = set(), []
+    seen, videos = [], []
     while len(videos) < test + train:
         video = toy_video(f"video{len(videos)}", rng)
-        content = (video.shape, *sorted((video.action, video.last)))
+        content = {video.shape, video.action, video.last}
         if len(videos) >= test or content not in seen:
-            seen.add(content)
+            seen.append(content)
             videos.append(video)
             write_gif(draw_toy_video(video, rng), folder / f"{video.name}.gif")
     return videos
@@ -1779,24 +1769,23 @@ def toy_msrvtt_videos(folder, train, test, rng):
 
 def write_toy_msrvtt_split(folder, split, activitynet, videos, rng):
     """Open questions (MSRVTT-QA) and paragraphs of two sentences (DiDeMo, ActivityNet)."""
-    # Three a video: each is drawn anew, so that the text, and not the video, says what is asked.
-    questions = []
+    questions, moments, paragraphs = [], [], {}
     for video in videos:
-        ids = {"video_id": int(video.name.removeprefix("video"))}  # as published, without "video"
+        # Three a video: each is drawn anew, so that the text, and not the video, says what is asked.
         for _ in range(3):
             # In a word: what the object does before something else, or what it is. Half and half:
             # one needs several clips, the other a single frame.
             name = "before" if rng.random() < 0.5 else rng.choice(TOY_LOOKS)
-            questions.append(video.ask(name) | ids)
+            number = int(video.name.removeprefix("video"))  # as published, without "video"
+            questions.append(video.ask(name) | {"video_id": number})
+        both = [video.say("the {shape} does {action}"), video.say("the {shape} does {last}")]
+        moments += [{"video": video.name, "description": text} for text in both]
+        # Both sentences stand for the whole video: GIFs loop, and retrieval reads no time stamps.
+        times = {"duration": TOY_FRAMES / TOY_FPS, "timestamps": [[0, 8]] * 2}
+        paragraphs[video.name] = times | {"sentences": both}
     write_json(folder / f"{split}_qa.json", numbered("id", questions))
-    texts = ("the {shape} does {action}", "the {shape} does {last}")
-    said = {video.name: [video.say(text) for text in texts] for video in videos}
-    moments = [{"video": name, "description": text} for name in said for text in said[name]]
     write_json(folder / f"{split}_data.json", numbered("annotation_id", moments))
-    # Both sentences stand for the whole video: GIFs loop, and retrieval reads no time stamps.
-    times = {"duration": TOY_FRAMES / TOY_FPS, "timestamps": [[0, 8]] * 2}
-    write_json(folder / f"{activitynet}.json",
-               {name: times | {"sentences": both} for name, both in said.items()})  # fmt: skip
+    write_json(folder / f"{activitynet}.json", paragraphs)
 
 
 # -------------------------------------------------- the whole
