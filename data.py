@@ -457,7 +457,6 @@ def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
 
 TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
 MAX_PIXELS = 2**25  # of a frame (8192 x 4096); more is a mistake, or a bomb
-LATE = 0.002  # seconds; a frame that begins so late still counts: containers round to milliseconds
 SEEK_COST = 10  # frames that are decoded in the time of one more seek (open, parse the header)
 SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, a few frames ahead of what B-frames show
 SEEKS = 32  # a file is opened so often at a time: each opening has a decoder and its memory
@@ -478,6 +477,11 @@ class Media(NamedTuple):
     start: float = 0.0  # seconds from the start of the file (perhaps its sound) to the first frame
     reader: str = "pillow"  # or "ffmpeg"
     keys: tuple = ()  # the indices at which decoding can start; none where seeking is not exact
+
+
+def _tolerance(fps):
+    """Seconds by which a frame may begin late and still count: containers round to milliseconds."""
+    return min(0.002, 0.25 / fps)
 
 
 # -------------------------------------------------- images and animations: Pillow
@@ -528,7 +532,7 @@ def _to_rgb(image):
 def _read_image(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
     # A frame is on the screen until it disappears: it is the answer to all indices before that.
-    frames, times = [], [i / media.fps + LATE for i in wanted]
+    frames, times = [], [i / media.fps + _tolerance(media.fps) for i in wanted]
     for end, frame in _image_frames(path):
         while len(frames) < len(times) and times[len(frames)] < end:
             frames.append(resize_and_pad(_to_rgb(frame), size))
@@ -669,7 +673,7 @@ def _filters(media, start, wanted, size):
     slots = "+".join(f"({'+'.join(slots[k : k + 50])})" for k in range(0, len(slots), 50))
     h, w = resized_shape(media.height, media.width, size)
     return (
-        f"settb=1/1000000,setpts=PTS-{zero}-{round(1e6 * LATE)},"
+        f"settb=1/1000000,setpts=PTS-{zero}-{round(1e6 * _tolerance(media.fps))},"
         f"fps={media.fps:.6f}:start_time=0:round=up,tpad=stop=-1:stop_mode=clone,"
         f"trim=end_frame={wanted[-1] - start + 1},select='{slots}',scale={w}:{h}:flags=bilinear,"
         f"format=gbrp,pad={size}:{size}:0:0:black,shuffleplanes=2:0:1,format=gbrp"
