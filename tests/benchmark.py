@@ -280,8 +280,8 @@ def memory(cfg=None, size=448):
         model = clipbert.ClipBert(cfg, work.K).train()
         one, two = (kept(model, random_batch(work, n, size, cfg.vocab_size)[:3]) for n in (1, 2))
         always = 16 * sum(p.numel() for p in model.parameters()) / 2**30 + 2 * one - two
-        print(f"\n{name} at {size} px: {two - one:.2f} GiB a video, {always:.1f} GiB for weights, their copies, gradients "
-              f"and AdamW; at batch {BATCH} {always + BATCH * (two - one):.0f} GiB")  # fmt: skip
+        print(f"\n{name} at {size} px: {two - one:.2f} GiB a video, {always:.1f} GiB for weights, their copies, "
+              f"gradients and AdamW; at batch {BATCH} {always + BATCH * (two - one):.0f} GiB")  # fmt: skip
 
 
 def kept(model, inputs):

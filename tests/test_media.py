@@ -220,7 +220,7 @@ def test_truncated_video_has_the_frames_that_are_there(tmp_path, both_ways, monk
 
 
 def test_colours_and_scaling(tmp_path):
-    left, right = ("-f", "lavfi", "-i", "color=0xDC1E28:s=40x40:d=1"), ("-f", "lavfi", "-i", "color=0x1428E6:s=40x40:d=1")
+    left, right = (["-f", "lavfi", "-i", f"color={colour}:s=40x40:d=1"] for colour in ("0xDC1E28", "0x1428E6"))
     ffmpeg(*left, *right, "-filter_complex", "hstack", "-pix_fmt", "yuv444p", *X264, tmp_path / "colours.mp4")
     frame = media.read_frames(tmp_path / "colours.mp4", [0], 32)[0].int()
     assert frame.shape == (3, 32, 32) and (frame[:, 16:] == 0).all()

@@ -46,7 +46,7 @@ def video(tmp_path_factory):
 
 
 # ---------------------------------------------------------------- names
-@pytest.mark.parametrize("name", ["-x.mp4", "-i.mp4", "-version.mp4", "a|b.mp4", "x.mp4", "%d.mp4", "100%03d.mp4", "ab:c.mp4",
+@pytest.mark.parametrize("name", ["-x.mp4", "-i.mp4", "-version.mp4", "a|b.mp4", "x.mp4", "100%03d.mp4", "ab:c.mp4",
                                   "sub/-x.mp4", "'q'.mp4", "a;b,c[0].mp4", "pipe.mp4", "$HOME.mp4", "it's é.gif"])
 def test_odd_names_are_just_names(name, video, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
