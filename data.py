@@ -141,8 +141,8 @@ def read_clips(path, n_clips, n_frames, target_fps, size, train, generator=None,
     Raises DataError. cache: take the nearest frames that `python data.py cache` kept, where it did;
     the clips are the same.
     """
-    kept = cache and open_cached(path, size)
-    num_frames, fps = (kept["num_frames"], kept["fps"]) if kept else probe(path)[:2]
+    kept = open_cached(path, size) if cache else None
+    num_frames, fps = (kept or probe(path))[:2]
     clips = sample_clips(num_frames, fps, n_clips, n_frames, target_fps, train, generator)  # (N, T)
     indices = clips.flatten().tolist()
     frames = read_cached(path, kept, indices, size) if kept else read_frames(path, indices, size)
@@ -456,7 +456,7 @@ def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
 # Files to frames: Pillow reads images and GIFs, the bundled ffmpeg everything else
 
 TIME_LIMIT = 60.0  # seconds; a hostile or broken file must not hang a training run
-MAX_SIDE, MAX_PIXELS = 8192, 2**25  # of a frame (8K video fits); more is a mistake, or a bomb
+MAX_PIXELS = 2**25  # of a frame (8192 x 4096); more is a mistake, or a bomb
 SEEK_COST = 10  # frames that are decoded in the time of one more seek (open, parse the header)
 SEEK_LEAD = 8  # frames; MP4 seeks by decoding time, a few frames ahead of what B-frames show
 SEEKS = 32  # a file is opened so often at a time: each opening has a decoder and its memory
@@ -484,51 +484,45 @@ def _tolerance(fps):
     return min(0.002, 0.25 / fps)
 
 
-def _check_dimensions(path, width, height):
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise DataError(f"{path}: {width}x{height} pixels are too many; scale it down or remove it")
-
-
 # -------------------------------------------------- images and animations: Pillow
-def _image_frames(image, path):
-    """Yield (seconds at which a frame disappears, the image positioned at it), from the first on.
+def _image_frames(path):
+    """Yield (seconds at which a frame disappears, the frame), from the first on.
 
     Ends where the file does, or at damage, for which Pillow raises almost anything: what came
     before is kept. Only a file without a first frame is an error.
     """
-    end, count, deadline = 0, 0, time.monotonic() + TIME_LIMIT
-    # A second picture inside a JPEG is no animation.
-    while count == 0 or image.format in ("GIF", "PNG", "WEBP"):
-        if time.monotonic() > deadline:
-            raise DataError(f"{path}: decoding takes over {TIME_LIMIT:.0f} s; shorten or remove it")
-        try:
-            image.seek(count)
-            image.load()
-        except Exception:
-            if count == 0:
-                raise
-            return
-        end += image.info.get("duration") or 100  # milliseconds; browsers, too, read 0 as 100
-        yield end / 1000, image
-        count += 1
+    end, deadline = 0, time.monotonic() + TIME_LIMIT
+    with Image.open(path, formats=IMAGE_FORMATS) as image:  # by its first bytes, not by its name
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{path}: {image.width}x{image.height} pixels are too many; scale it down")
+        for i in itertools.count():
+            if time.monotonic() > deadline:
+                raise DataError(f"{path}: decoding takes over {TIME_LIMIT:.0f} s; shorten it")
+            try:
+                image.seek(i)
+                frame = ImageOps.exif_transpose(image)  # a copy; a photo may lie on its side
+            except Exception:
+                if i == 0:
+                    raise
+                return
+            end += image.info.get("duration") or 100  # milliseconds; browsers, too, read 0 as 100
+            yield end / 1000, frame
+            if image.format == "MPO":  # a second picture inside a JPEG is no animation
+                return
 
 
 def _probe_image(path):
     """Media of an image or animation; raises anything at all where Pillow reads neither."""
-    with Image.open(path, formats=IMAGE_FORMATS) as image:  # by its first bytes, not by its name
-        width, height = image.size
-        _check_dimensions(path, width, height)
-        # Delays are only known frame by frame, so this decodes them all.
-        ends = [end for end, _ in _image_frames(image, path)]
-        if len(ends) > 1:
-            return Media(len(ends), len(ends) / ends[-1], width, height)
-        return Media(1, 1.0, *ImageOps.exif_transpose(image).size)  # a photo may lie on its side
+    # Delays are only known frame by frame, so this decodes them all.
+    frames = [(end, frame.size) for end, frame in _image_frames(path)]
+    end, size = frames[-1]
+    return Media(len(frames), len(frames) / end if len(frames) > 1 else 1.0, *size)
 
 
 def _to_rgb(image):
     """uint8 (3, H, W). Transparency becomes white: as in most viewers, and as ffmpeg's GIFs."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        image = image.point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -538,16 +532,12 @@ def _to_rgb(image):
 def _read_image(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
     # A frame is on the screen until it disappears: it is the answer to all indices before that.
-    frames = []
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
-        for end, frame in _image_frames(image, path):
-            if media.num_frames == 1:
-                frame = ImageOps.exif_transpose(frame)  # photos only: it copies the frame
-            while (len(frames) < len(wanted)
-                   and wanted[len(frames)] / media.fps + _tolerance(media.fps) < end):  # fmt: skip
-                frames.append(resize_and_pad(_to_rgb(frame), size))
-            if len(frames) == len(wanted):
-                break  # a GIF must be decoded from its start, but not to its end
+    frames, times = [], [i / media.fps + _tolerance(media.fps) for i in wanted]
+    for end, frame in _image_frames(path):
+        while len(frames) < len(times) and times[len(frames)] < end:
+            frames.append(resize_and_pad(_to_rgb(frame), size))
+        if len(frames) == len(times):
+            break  # a GIF must be decoded from its start, but not to its end
     return torch.stack(frames)
 
 
@@ -557,9 +547,8 @@ def _read_image(path, media, wanted, size):
 def _ffmpeg(path, arguments):
     """Run the bundled ffmpeg, at most for TIME_LIMIT; returns (stdout, stderr)."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
-    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True}
     try:  # in a process group of its own: Ctrl-C lets our step end before it ends anything
-        done = subprocess.run(command, **pipes, timeout=TIME_LIMIT, check=False, process_group=0)
+        done = subprocess.run(command, check=False, capture_output=True, timeout=TIME_LIMIT, process_group=0)
         killed = done.returncode < 0
     except subprocess.TimeoutExpired:
         killed = True
@@ -573,7 +562,7 @@ def _input(path, *options):
     # "file:" and the absolute path keep a name like "-y" or "http:x" from being an option or an
     # address.
     return ["-protocol_whitelist", "file", "-format_whitelist", VIDEO_FORMATS, "-max_pixels",
-            str(MAX_PIXELS), "-threads", "1", *options, "-i", "file:" + path]  # fmt: skip
+            str(MAX_PIXELS), "-threads", "1", *options, "-i", f"file:{os.path.abspath(path)}"]  # fmt: skip
 
 
 def _probe_video(path):
@@ -590,49 +579,50 @@ def _probe_video(path):
         reason = log.strip().split("\n")[-1]
         raise DataError(f"{path}: not a readable image or video ({reason}); replace or remove it")
     packets = packets.decode()
-    head = re.search(r"(?s)#tb 0: (\d+)/(\d+)\n.*#dimensions 0: ([1-9]\d*)x([1-9]\d*)\n", packets)
+    shape = re.search(r"#dimensions 0: ([1-9]\d*)x([1-9]\d*)\n", packets)
     times, keys = _packet_times(packets)
-    if not head or not times:
+    if not shape or not times:
         raise DataError(f"{path}: no readable video stream inside; replace or remove it")
-    ticks, second, width, height = map(int, head.groups())
-    _check_dimensions(path, width, height)
-    turned = re.search(r"(?s)\nOutput #0.*rotation of (-?[\d.]+)", log)
-    if turned and round(float(turned[1])) % 180 == 90:
+    width, height = int(shape[1]), int(shape[2])
+    if re.search(r"(?s)\nOutput #0.*rotation of -?90\.", log):
         width, height = height, width  # ffmpeg itself turns the frames when decoding
     # The grid has its first point at the first frame and its last at the last: frame i of a
     # constant-rate video is its i-th. Six decimals, as ffmpeg will be told, make 25 of 24.999...
     # Beyond the limits no camera goes, but damaged clocks do.
-    start, length = times[0] * ticks / second, (times[-1] - times[0]) * ticks / second
+    start, length = times[0], times[-1] - times[0]
     fps = round(min(max((len(times) - 1) / length, 0.001), 1000.0), 6) if length else 1.0
     if container[1] not in ("mov", "matroska"):  # a seek in e.g. MPEG-TS may land after the frame
         keys = []
-    keys = tuple(round((t * ticks / second - start) * fps) for t in keys)
+    keys = tuple(round((t - start) * fps) for t in keys)
     return Media(len(times), fps, width, height, start, "ffmpeg", keys)
 
 
 def _packet_times(packets):
-    """When frames begin, and when key frames do: ticks of the stream's clock, both ascending.
+    """When frames begin, and when key frames do: seconds, both ascending.
 
     A line a packet: `stream, decoding time, display time, duration, bytes, checksum`, then
     F=flags: 1, a key frame (only then F is left out); 4, hidden by an edit list.
     """
     line = r"^0, *(-?\d+), *(-?\d+),[^x]*0x\w+(?:, F=0x(\w+))?"
-    rows = [(int(decoded), int(shown), int(flags or "1", 16))
-            for decoded, shown, flags in re.findall(line, packets, re.MULTILINE)]  # fmt: skip
+    rows = re.findall(line, packets, re.MULTILINE)
     # AVI and its like lack times of display, and ffmpeg writes -2**63; those of decoding will do.
-    clock = 0 if any(shown == -(2**63) for _, shown, _ in rows) else 1
-    times = sorted((row[clock], row[2]) for row in rows if not row[2] & 4)
-    return [t for t, _ in times], [t for t, flags in times if flags & 1]
+    clock = 0 if str(-(2**63)) in packets else 1
+    rows = sorted((int(row[clock]), int(row[2] or "1", 16)) for row in rows)
+    tick = re.search(r"#tb 0: (\d+)/(\d+)", packets)
+    rows = [(t * int(tick[1]) / int(tick[2]), flags) for t, flags in rows if not flags & 4]
+    return [t for t, _ in rows], [t for t, flags in rows if flags & 1]
 
 
 def _read_video(path, media, wanted, size):
     """The frames at the ascending indices `wanted`: uint8 (len(wanted), 3, size, size)."""
-    frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
+    shape = len(wanted), 3, size, size
     # Where a seek finds nothing, as in a damaged file, one pass finds the last frame there is.
-    whole = _decode(path, media, _plan(media, wanted), frames)
-    if not whole and not _decode(path, media, [(0, wanted)], frames):
-        raise DataError(f"{path}: no frame could be decoded; replace or remove it")
-    return frames
+    for segments in (_plan(media, wanted), [(0, wanted)]):
+        raw = _decode(path, media, segments, size)
+        if len(raw) >= math.prod(shape):  # a broken file can give too many
+            raw = bytearray(raw[: math.prod(shape)])
+            return torch.frombuffer(raw, dtype=torch.uint8).view(shape)
+    raise DataError(f"{path}: no frame could be decoded; replace or remove it")
 
 
 def _plan(media, wanted):
@@ -654,25 +644,19 @@ def _plan(media, wanted):
     return [segment for segment in segments if segment[1]]
 
 
-def _decode(path, media, segments, frames):
-    """Fill frames, uint8 (n, 3, size, size), with one call of ffmpeg; -> whether all n came.
-
-    Each segment is read through an input of its own.
-    """
-    inputs, chains, labels = [], [], ""
+def _decode(path, media, segments, size):
+    """The wanted frames' bytes, with one call of ffmpeg; each segment is read through an input of its own."""
+    inputs, chains, labels = [], "", ""
     for k, (start, wanted) in enumerate(segments):
         # Not "accurate", which would drop the frame that began before the seek time and is still
         # on the screen.
         seconds = f"{media.start + start / media.fps:.6f}"
         inputs += _input(path, *(["-noaccurate_seek", "-ss", seconds] if start else []))
-        chains.append(f"[{k}:V:0]{_filters(media, start, wanted, frames.shape[-1])}[v{k}];")
+        chains += f"[{k}:V:0]{_filters(media, start, wanted, size)}[v{k}];"
         labels += f"[v{k}]"
-    graph = f"{''.join(chains)}{labels}concat=n={len(segments)}[out]"
+    graph = f"{chains}{labels}concat=n={len(segments)}[out]"
     output = ["-map", "[out]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
-    raw, _ = _ffmpeg(path, ["-v", "fatal", *inputs, "-filter_complex", graph, *output])
-    raw = np.frombuffer(raw[: frames.nbytes], np.uint8)  # a broken file can give too many
-    frames.view(-1).numpy()[: len(raw)] = raw
-    return len(raw) == frames.nbytes
+    return _ffmpeg(path, ["-v", "fatal", *inputs, "-filter_complex", graph, *output])[0]
 
 
 def _filters(media, start, wanted, size):
@@ -702,10 +686,7 @@ def probe(path):
     path = os.path.abspath(path)
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; check the path")
-    version = _version(path)
-    if version[1] == 0:
-        raise DataError(f"{path}: the file is empty; download it again or remove it")
-    return _probe(path, *version)
+    return _probe(path, *_version(path))
 
 
 def _version(path):
@@ -733,15 +714,12 @@ def read_frames(path, indices, size):
     - any aspect ratio is read; the reference skips sides that differ by more than a factor of five.
     - ffmpeg resizes videos, which saves time but is about two grey levels off `resize_and_pad`.
     """
-    media, path = probe(path), os.path.abspath(path)
+    media = probe(path)
+    indices = torch.tensor(indices).clamp(0, media.num_frames - 1)
     # Each frame is read once, in the order of the file, however often it is asked for.
-    indices = [min(max(int(i), 0), media.num_frames - 1) for i in indices]
-    wanted = sorted(set(indices))
-    if not wanted:
-        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+    wanted, places = indices.unique(return_inverse=True)
     read = _read_image if media.reader == "pillow" else _read_video
-    frames = read(path, media, wanted, size)
-    return frames if indices == wanted else frames[[wanted.index(i) for i in indices]]
+    return read(path, media, wanted.tolist(), size)[places]
 
 
 # -------------------------------------------------- the cache: a few small JPEGs a second
@@ -764,86 +742,86 @@ def _cached_zip(path, size):
         raise DataError(f"{target}: damaged; remove it and write it again") from None
 
 
-def open_cached(path, size):
-    """What about.json says; None if there is no cached file or the video has changed since.
+class Cached(NamedTuple):
+    """What about.json says."""
 
-    num_frames, fps: the video's own, on whose grid clips are sampled. rate: frames kept of each
-    second. count: frames kept. source: the video's version, by which a change is noticed.
-    """
+    num_frames: int  # the video's own, like fps: clips are sampled on its grid
+    fps: float
+    rate: float  # frames kept of each second
+    count: int  # frames kept
+    source: list  # the video's version, by which a change is noticed
+
+
+def open_cached(path, size):
+    """-> Cached, or None if there is no cached file or the video has changed since."""
     if not (os.path.exists(path) and cached_file_of(path, size).exists()):
         return None
     with _cached_zip(path, size) as file:
-        kept = json.loads(file.read("about.json"))
-        return kept if kept["source"] == _version(path) else None
+        kept = Cached(*json.loads(file.read("about.json")))
+        return kept if kept.source == _version(path) else None
 
 
 def read_cached(path, kept, indices, size):
     """uint8 (len(indices), 3, size, size): of the frames kept, those nearest to the indices."""
-    # An index is a point in time, i / fps; the frames kept stand at k / rate.
-    pixels = []
+    frames = []
     with _cached_zip(path, size) as file:
-        for i in indices:
-            k = min(round(i / kept["fps"] * kept["rate"]), kept["count"] - 1)
+        for i in indices:  # a point in time, i / fps; the frames kept stand at k / rate
+            k = min(round(i / kept.fps * kept.rate), kept.count - 1)
             jpeg = io.BytesIO(file.read(f"{k}.jpg"))
             # JPEG alone: the file lies beside videos that anybody may have made.
-            pixels.append(np.array(Image.open(jpeg, formats=("JPEG",))))
-    # They have their size already; this only pads.
-    return resize_and_pad(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), size)
+            image = Image.open(jpeg, formats=("JPEG",))
+            frames.append(resize_and_pad(_to_rgb(image), size))  # of that size already: pads only
+    return torch.stack(frames)
 
 
 def write_cached(path, size, rate):
-    """Decode a video once and keep `rate` frames a second; -> (bytes written, its fault or "").
+    """Decode a video once and keep `rate` frames a second, or all if it has fewer; raises DataError.
 
-    No rate above the video's own is of use. A video whose frames are all there already, and which
-    has not changed since, is left alone.
+    A video whose frames are all there already, and which has not changed since, is left alone.
     """
-    content = io.BytesIO()
-    try:
-        media = probe(path)
-        rate = min(rate, media.fps)
-        count = math.ceil(media.num_frames / media.fps * rate)
-        about = {"source": _version(path), "num_frames": media.num_frames, "fps": media.fps,
-                 "rate": rate, "count": count}  # fmt: skip
-        if open_cached(path, size) == about:
-            return 0, ""
-        h, w = resized_shape(media.height, media.width, size)
-        with zipfile.ZipFile(content, "w") as file:  # without compression: JPEGs have theirs
-            file.writestr("about.json", json.dumps(about))
-            for first in range(0, count, 64):  # at 448 pixels 64 frames are 39 MB
-                kept = range(first, min(first + 64, count))
-                frames = read_frames(path, [round(k / rate * media.fps) for k in kept], size)
-                for k, frame in zip(kept, frames.permute(0, 2, 3, 1).numpy(), strict=True):
-                    with file.open(f"{k}.jpg", "w") as jpeg:  # 85: as cameras do, 1.2 MB for 15 s
-                        Image.fromarray(frame[:h, :w]).save(jpeg, "JPEG", quality=85)
-    except DataError as error:  # said by `write_cache`: one bad video must not end all the others
-        return 0, str(error)
+    media, content = probe(path), io.BytesIO()
+    rate = min(rate, media.fps)
+    indices = [round(k / rate * media.fps) for k in range(math.ceil(media.num_frames / media.fps * rate))]
+    about = Cached(media.num_frames, media.fps, rate, len(indices), _version(path))
+    if open_cached(path, size) == about:
+        return
+    h, w = resized_shape(media.height, media.width, size)
+    with zipfile.ZipFile(content, "w") as file:  # without compression: JPEGs have theirs
+        file.writestr("about.json", json.dumps(about))
+        for first in range(0, len(indices), 64):  # at 448 pixels 64 frames are 39 MB
+            frames = read_frames(path, indices[first : first + 64], size)[:, :, :h, :w]
+            for k, frame in enumerate(frames.permute(0, 2, 3, 1).numpy(), first):
+                with file.open(f"{k}.jpg", "w") as jpeg:  # 85: as cameras do, 1.2 MB for 15 s
+                    Image.fromarray(frame).save(jpeg, "JPEG", quality=85)
     target = cached_file_of(path, size)
     target.parent.mkdir(exist_ok=True)
     # Under another name first: a file that is there is whole. Two processes never share a name.
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     part.write_bytes(content.getvalue())
     part.replace(target)
-    return target.stat().st_size, ""
+
+
+def caching_fault(path, size, rate):
+    """`write_cached`, but an error is returned: one bad video must not end all the others."""
+    try:
+        write_cached(path, size, rate)
+    except DataError as error:
+        return str(error)
 
 
 def write_cache(folder, size, rate, workers):
-    """`write_cached` for all videos under `folder`, several at once.
-
-    A video that cannot be read is named and does not stop the others.
-    """
-    videos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
+    """`write_cached` for all videos under `folder`, several at once; unreadable ones are named."""
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS)
     if not videos:
         raise DataError(f"{folder}: no videos in it")
-    write = functools.partial(write_cached, size=size, rate=rate)
+    write = functools.partial(caching_fault, size=size, rate=rate)
     # A process a core decodes; torch itself has one thread in each.
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        results = list(tqdm(pool.map(write, videos), total=len(videos), unit=" videos"))
-    sizes, errors = [size for size, _ in results if size], [error for _, error in results if error]
-    for error in errors:
-        print(f"left out: {error}", file=sys.stderr)
-    print(f"{folder}: {len(sizes):,} of {len(videos):,} videos written, "
-          f"{sum(sizes) / 1e6:,.1f} MB; {len(videos) - len(sizes) - len(errors):,} were there, "
-          f"{len(errors):,} cannot be read")  # fmt: skip
+        results = tqdm(pool.map(write, videos), total=len(videos), unit=" videos")
+        faults = [fault for fault in results if fault]
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    print(f"{folder}: {len(videos) - len(faults):,} of {len(videos):,} videos are cached")
 
 
 def check_cached(examples, s):

@@ -5,21 +5,22 @@ Sampling is exercise 1, so its tests stand in test_exercises.py; here only all o
 
 import json
 import subprocess
-from pathlib import Path
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from PIL import Image
 
 import data as media
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 VIDEOS, GOLDEN = SHARED / "videos", SHARED / "golden"
 needs_videos = pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"the odd real files are not here: {VIDEOS}")
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the reference's numbers are not here: {GOLDEN}")
+
 
 @needs_golden
 def test_all_uniform_clips_equal_the_reference():
@@ -33,18 +34,6 @@ def test_all_uniform_clips_equal_the_reference():
 
 
 # ---------------------------------------------------------------- resizing
-
-
-@pytest.mark.parametrize(
-    "height, width, size, expected",
-    [(240, 320, 448, (336, 448)), (360, 640, 224, (126, 224)), (360, 640, 1000, (562, 1000)),
-     (1000, 999, 1000, (1000, 999)), (9, 7, 24, (24, 18)), (1, 5000, 16, (1, 16))],
-)  # fmt: skip
-def test_resized_shape(height, width, size, expected):
-    assert media.resized_shape(height, width, size) == expected
-    assert media.resized_shape(width, height, size) == expected[::-1]
-
-
 def test_resize_and_pad_by_hand():
     # 2x4 -> 4x8: bilinear weights 1/4 and 3/4; the lower half is padding.
     frame = torch.tensor([[0.0, 40.0, 80.0, 120.0], [0.0, 40.0, 80.0, 120.0]]).expand(5, 3, 2, 4)
@@ -56,6 +45,8 @@ def test_resize_and_pad_by_hand():
     as_bytes = media.resize_and_pad(frame.byte(), 8)
     assert as_bytes.dtype == torch.uint8 and as_bytes.equal(result.byte())
     assert media.resize_and_pad(frame[0].transpose(1, 2), 8)[:, :, 4:].eq(0).all()  # tall: padded on the right
+    assert media.resized_shape(360, 640, 1000) == (562, 1000)  # rounded down,
+    assert media.resized_shape(5000, 1, 16) == (16, 1)  # but not to nothing
 
 
 @needs_golden
@@ -69,7 +60,6 @@ def test_resizing_equals_the_reference():
 
 
 # ---------------------------------------------------------------- videos that carry their frame numbers
-
 H, W, SIZE = 48, 64, 64  # 3 x 4 blocks of 16 pixels, each one bit of the frame's number
 
 
@@ -91,10 +81,10 @@ def ffmpeg(*arguments, stdin=None):
     return subprocess.run(command, input=stdin, capture_output=True, check=True, timeout=60).stdout
 
 
-def make_video(path, n=100, *options, fps=25, before=()):
+def make_video(path, n=100, *options, fps=25):
     frames = b"".join(numbered(i).tobytes() for i in range(n))
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", fps, "-i", "-"]
-    ffmpeg(*before, *source, "-pix_fmt", "yuv420p", *options, path, stdin=frames)
+    ffmpeg(*source, "-pix_fmt", "yuv420p", *options, path, stdin=frames)
     return path
 
 
@@ -126,7 +116,6 @@ def test_every_frame_of_a_constant_rate_video(tmp_path, monkeypatch, suffix, fps
     if found.keys:  # seeking is exact: it finds the same
         seek_always(monkeypatch)
         assert numbers(media.read_frames(path, MANY, SIZE)) == MANY
-        assert numbers(media.read_frames(path, range(3, 100, 16), SIZE)) == list(range(3, 100, 16))
 
 
 VFR = "settb=1/1000,setpts='(N*0.04+N*N*0.002)/TB'"  # frame i begins at .04 i + .002 i^2 seconds: ever slower
@@ -156,59 +145,52 @@ PLANNED = {
 def test_what_the_plan_seeks_equals_a_full_decode(tmp_path, name):
     path = make_video(tmp_path / name, 300, *X264, *PLANNED[name])
     found, seeks = media.probe(path), 0
-    everything = torch.empty(found.num_frames, 3, SIZE, SIZE, dtype=torch.uint8)
-    assert media._decode(str(path), found, [(0, list(range(found.num_frames)))], everything)
-    everything = numbers(everything)
+    everything = numbers(media.read_frames(path, range(found.num_frames), SIZE))  # in one pass
     for seed in range(4):
         wanted = media.sample_clips(found.num_frames, found.fps, 4, 2, 2, True, torch.Generator().manual_seed(seed))
-        seeks += len(media._plan(found, sorted(set(wanted.flatten().tolist()))))
-        frames = media.read_frames(path, wanted.flatten().tolist(), SIZE)
-        assert numbers(frames) == [everything[i] for i in wanted.flatten().tolist()]
+        wanted = wanted.flatten().tolist()
+        seeks += len(media._plan(found, sorted(set(wanted))))
+        assert numbers(media.read_frames(path, wanted, SIZE)) == [everything[i] for i in wanted]
     assert seeks > 4  # more than one pass each
 
 
 def test_the_plan_seeks_only_across_key_frames(monkeypatch):
     video = media.Media(1000, 25.0, W, H, 0.0, "ffmpeg", (0, 250, 500, 750))
-    assert media._plan(video, [10, 35, 240]) == [(0, [10, 35, 240])]  # far apart, but nothing to spare
+    for wanted in ([10, 35, 240],  # far apart, but nothing to spare
+                   [245, 300],  # five frames are not worth a seek
+                   [5, 252]):  # so close to a key frame a seek would land before it
+        assert media._plan(video, wanted) == [(0, wanted)]
     assert media._plan(video, [10, 35, 300]) == [(0, [10, 35]), (292, [300])]
-    assert media._plan(video, [245, 300]) == [(0, [245, 300])]  # five frames are not worth a seek
-    assert media._plan(video, [5, 252]) == [(0, [5, 252])]  # so close to a key frame a seek would land before it
     assert media._plan(video, [900]) == [(892, [900])]
     assert media._plan(video._replace(keys=()), [10, 900]) == [(0, [10, 900])]
     monkeypatch.setattr(media, "SEEKS", 2)  # no more than memory has room for
     assert media._plan(video, [10, 300, 600, 900]) == [(0, [10]), (292, [300, 600, 900])]
 
 
-@pytest.mark.parametrize("came, whole", [(1, False), (2, True), (5, True)])
-def test_frames_that_ffmpeg_gives_too_few_or_too_many_of(monkeypatch, came, whole):
-    video = media.Media(50, 25.0, W, H, 0.0, "ffmpeg", (0,))
+@pytest.mark.parametrize("came", [1, 2, 5])
+def test_frames_that_ffmpeg_gives_too_few_or_too_many_of(monkeypatch, came):
+    monkeypatch.setattr(media, "probe", lambda _: media.Media(50, 25.0, W, H, reader="ffmpeg"))
     monkeypatch.setattr(media, "_ffmpeg", lambda *_: (bytes([7]) * (came * 3 * SIZE**2), ""))
-    frames = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)
-    assert media._decode("video.mp4", video, [(0, [3, 9])], frames) == whole
-    assert frames.eq(7).flatten(1).all(1).tolist() == [True, whole]
+    with nullcontext() if came >= 2 else pytest.raises(media.DataError, match="no frame could be decoded"):
+        assert media.read_frames("video.mp4", [3, 9], SIZE).equal(torch.full((2, 3, SIZE, SIZE), 7, dtype=torch.uint8))
 
 
-def test_video_that_begins_after_its_sound(tmp_path, both_ways):
-    silent = make_video(tmp_path / "silent.mp4", 50, *X264)
-    path = tmp_path / "late.mkv"
-    sound = ["-f", "lavfi", "-i", "sine=duration=2"]
-    ffmpeg(*sound, "-itsoffset", 0.4, "-i", silent, "-map", "1:v", "-map", "0:a", "-c:v", "copy", path)
-    assert media.probe(path).num_frames == 50
-    assert numbers(media.read_frames(path, [0, 1, 20, 49], SIZE)) == [0, 1, 20, 49]
+REMUXED = {  # name: (options before the input, those after it, indices, the frames that they show)
+    "begins after its sound.mkv": (["-f", "lavfi", "-i", "sine=duration=2", "-itsoffset", 0.4], ["-map", 1, "-map", 0],
+                                   [0, 1, 20, 99], [0, 1, 20, 99]),
+    # at 1.48 s: the file keeps frame 25, on which decoding starts, and an edit list hides it
+    "was cut.mp4": (["-ss", 1.48], [], [0, 1, 30, 60], [37, 38, 67, 97]),
+    "has no length in its header.mkv": ([], ["-live", 1], [99, 0], [99, 0]),
+}  # fmt: skip
 
 
-def test_edit_list(tmp_path, both_ways):
+@pytest.mark.parametrize("name", REMUXED)
+def test_frames_and_times_of_a_video_that(name, tmp_path, both_ways):
+    before, after, indices, shown = REMUXED[name]
     whole = make_video(tmp_path / "whole.mp4", 100, *X264, "-g", 25)
-    path = tmp_path / "cut.mp4"  # cut at 1.48 s without re-encoding: the file keeps frame 25, an edit list hides it
-    ffmpeg("-ss", 1.48, "-i", whole, "-c", "copy", path)
-    assert numbers(media.read_frames(path, [0, 1, 30, 60], SIZE)) == [37, 38, 67, 97]
-
-
-def test_length_is_counted_where_the_header_lacks_it(tmp_path):
-    path = tmp_path / "piped.mkv"
-    path.write_bytes(ffmpeg("-i", make_video(tmp_path / "a.mkv", 40, *X264), "-c", "copy", "-f", "matroska", "pipe:1"))
-    assert media.probe(path).num_frames == 40
-    assert numbers(media.read_frames(path, [39, 0], SIZE)) == [39, 0]
+    ffmpeg(*before, "-i", whole, *after, "-c", "copy", tmp_path / name)
+    assert media.probe(tmp_path / name).num_frames == (63 if "cut" in name else 100)
+    assert numbers(media.read_frames(tmp_path / name, indices, SIZE)) == shown
 
 
 def test_rotation(tmp_path):
@@ -221,47 +203,29 @@ def test_rotation(tmp_path):
     assert (frame[:, :, :H].int() - expected.int()).abs().float().mean() < 3
 
 
-def half_of(path):
-    """A video without half of its pictures, behind a header that promises them all."""
-    data = path.read_bytes()
-    path.write_bytes(data[: (data.index(b"mdat") + len(data)) // 2])
-
-
-def test_truncated_video_has_the_frames_that_are_there(tmp_path, both_ways):
+def test_truncated_video_has_the_frames_that_are_there(tmp_path, both_ways, monkeypatch):
     path = make_video(tmp_path / "video.mp4", 100, *X264, "-bf", 0, "-g", 10, "-movflags", "faststart")
-    half_of(path)
+    promised, data = media.probe(path), path.read_bytes()
+    path.write_bytes(data[: (data.index(b"mdat") + len(data)) // 2])  # half of its pictures, behind the whole header
     found = media.probe(path)
     assert 10 < found.num_frames < 90 and found.fps == 25
     assert numbers(media.read_frames(path, range(found.num_frames), SIZE))[:-1] == list(range(found.num_frames - 1))
-
-
-def test_frames_that_do_not_decode_are_shown_by_the_last_one_that_does(tmp_path, monkeypatch):
-    seek_always(monkeypatch)
-    path = make_video(tmp_path / "video.mp4", 100, *X264, "-g", 10, "-movflags", "faststart")
-    found = media.probe(path)
-    half_of(path)  # though the list of packets, from before, knows more
-    monkeypatch.setattr(media, "probe", lambda _: found)
-    last = numbers(media.read_frames(path, [5, 20, 95, 99], SIZE))
-    assert last[:2] == [5, 20] and 30 < last[2] == last[3] < 95
+    # What is not there, though the list of packets promised it, is shown by the last frame that decodes.
+    monkeypatch.setattr(media, "probe", lambda _: promised)
+    shown = numbers(media.read_frames(path, [5, 20, 95, 99], SIZE))
+    assert shown[:2] == [5, 20] and found.num_frames - 3 < shown[2] == shown[3] < 95
+    monkeypatch.undo()
+    path.write_bytes(data[: data.index(b"mdat") + 8])  # the header alone
+    pytest.raises(media.DataError, media.probe, path).match("no readable video stream")
 
 
 def test_colours_and_scaling(tmp_path):
-    path = tmp_path / "colours.mp4"
-    pixels = np.zeros((2, 40, 80, 3), np.uint8)
-    pixels[:, :, :40], pixels[:, :, 40:] = (220, 30, 40), (20, 40, 230)
-    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "80x40", "-i", "-"]
-    ffmpeg(*source, "-pix_fmt", "yuv444p", *X264, path, stdin=pixels.tobytes())
-    frame = media.read_frames(path, [0], 32)[0].int()
+    left, right = (["-f", "lavfi", "-i", f"color={colour}:s=40x40:d=1"] for colour in ("0xDC1E28", "0x1428E6"))
+    ffmpeg(*left, *right, "-filter_complex", "hstack", "-pix_fmt", "yuv444p", *X264, tmp_path / "colours.mp4")
+    frame = media.read_frames(tmp_path / "colours.mp4", [0], 32)[0].int()
     assert frame.shape == (3, 32, 32) and (frame[:, 16:] == 0).all()
     for x, colour in ((4, (220, 30, 40)), (28, (20, 40, 230))):
         assert (frame[:, 8, x] - torch.tensor(colour)).abs().max() < 8
-
-
-@pytest.mark.parametrize("name", ["-y.mp4", "a:b.mp4", "100%03d.mp4", "http:x [0].mp4", "no_suffix", "it's é.gif"])
-def test_odd_names(tmp_path, monkeypatch, name):
-    (tmp_path / name).write_bytes(make_video(tmp_path / "video.mp4", 5, *X264).read_bytes())
-    monkeypatch.chdir(tmp_path)
-    assert numbers(media.read_frames(name, [4, 2], SIZE)) == [4, 2]
 
 
 def test_read_clips_and_what_is_remembered(tmp_path, monkeypatch):
@@ -269,7 +233,6 @@ def test_read_clips_and_what_is_remembered(tmp_path, monkeypatch):
     clips = media.read_clips(path, 4, 2, 2, SIZE, train=False)
     assert clips.shape == (4, 2, 3, SIZE, SIZE) and clips.is_contiguous()
     assert [numbers(c) for c in clips] == media.sample_clips(100, 25.0, 4, 2, 2, False).tolist()
-    assert media.read_frames(path, [], SIZE).shape == (0, 3, SIZE, SIZE)
     monkeypatch.setattr(media, "_ffmpeg", None)
     assert media.probe(str(path)).num_frames == 100  # no second process
     monkeypatch.undo()
@@ -278,51 +241,43 @@ def test_read_clips_and_what_is_remembered(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- the cache
-
-
-def cached(path, rate=5.0):
-    size, error = media.write_cached(path, SIZE, rate)
-    assert not error
-    return size
-
-
-def test_cached_clips_are_the_nearest_frames_kept(tmp_path, monkeypatch):
-    path = make_video(tmp_path / "video.mp4", 200, *X264)  # more than one chunk of 64 at the video's own rate
-    assert cached(path) > 1000
-    monkeypatch.setattr(media, "_ffmpeg", None)  # nothing is decoded, not even probed
-    media._probe.cache_clear()
+@pytest.mark.parametrize("suffix, rate, kept", [(".mp4", 5.0, range(0, 200, 5)), (".gif", 99.0, range(200))])
+def test_cached_clips_are_the_nearest_frames_kept(tmp_path, monkeypatch, suffix, rate, kept):
+    make = make_gif if suffix == ".gif" else make_video  # of a slow video every frame is kept
+    path = make(tmp_path / f"video{suffix}", 200)
+    fps = media.probe(path).fps
+    media.write_cached(path, SIZE, rate)
+    media.write_cached(path, 32, 1.0)  # another size beside it
+    monkeypatch.setattr(media, "_probe", None)  # nothing is decoded, not even probed
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     clips = media.read_clips(path, 6, 2, 2, SIZE, True, generators[0], cache=True)
-    wanted = media.sample_clips(200, 25.0, 6, 2, 2, True, generators[1]).flatten()
+    wanted = media.sample_clips(200, fps, 6, 2, 2, True, generators[1]).flatten()
     assert clips.shape == (6, 2, 3, SIZE, SIZE) and clips.is_contiguous()
-    assert numbers(clips.flatten(0, 1)) == [min(round(i / 5) * 5, 195) for i in wanted.tolist()]
-
-
-def test_every_frame_of_a_slow_video_is_kept(tmp_path):
-    path = make_gif(tmp_path / "a.gif", 70, 250)  # 4 a second
-    cached(path)
-    clips = media.read_clips(path, 3, 2, 2, SIZE, False, cache=True)
-    assert numbers(clips.flatten(0, 1)) == numbers(media.read_clips(path, 3, 2, 2, SIZE, False).flatten(0, 1))
+    assert numbers(clips.flatten(0, 1)) == [min(kept, key=lambda k: abs(k - i)) for i in wanted.tolist()]
 
 
 def test_cached_files_are_written_once_until_the_video_changes(tmp_path):
+    def is_written(rate=5.0):
+        written = media.cached_file_of(path, SIZE)
+        before = written.exists() and written.stat().st_ino
+        media.write_cached(path, SIZE, rate)
+        return written.stat().st_ino != before
+
     path = make_video(tmp_path / "video.mp4", 30, *X264)
-    assert cached(path) > 0 and cached(path) == 0
-    assert cached(path, rate=10.0) > 0  # another rate
+    assert is_written() and not is_written() and is_written(rate=10.0)
     make_video(path, 40, *X264)
     assert media.open_cached(path, SIZE) is None  # stale: decoded until it is written again
     frames = media.read_clips(path, 1, 2, 2, SIZE, False, cache=True)
     assert frames.equal(media.read_clips(path, 1, 2, 2, SIZE, False))
-    assert cached(path) > 0 and media.open_cached(path, SIZE)["num_frames"] == 40
+    assert is_written() and media.open_cached(path, SIZE).num_frames == 40
 
 
-@pytest.mark.parametrize("keep", [0, 40, 0.5])
+@pytest.mark.parametrize("keep", [0, 40, 2000])
 def test_damaged_cached_file(tmp_path, keep):
     path = make_video(tmp_path / "video.mp4", 30, *X264)
-    cached(path)
+    media.write_cached(path, SIZE, 5.0)
     entry = media.cached_file_of(path, SIZE)
-    data = entry.read_bytes()
-    entry.write_bytes(data[: keep if keep != 0.5 else len(data) // 2])
+    entry.write_bytes(entry.read_bytes()[:keep])
     with pytest.raises(media.DataError, match="damaged; remove it") as caught:
         media.read_clips(path, 8, 2, 2, SIZE, False, cache=True)
     assert str(entry) in str(caught.value)
@@ -330,9 +285,7 @@ def test_damaged_cached_file(tmp_path, keep):
 
 def test_cache_command(tmp_path, capsys):
     (tmp_path / "videos").mkdir()
-    for name in ("b.mp4", "c.mp4"):
-        make_video(tmp_path / "videos" / name, 10, *X264)
-    paths = [str(tmp_path / "videos" / f"{name}.mp4") for name in "bcc"] + [None]
+    paths = [str(make_video(tmp_path / "videos" / name, 10, *X264)) for name in ("b.mp4", "c.mp4")] + [None]
     examples = [media.Example(str(i), "", "", path=path) for i, path in enumerate(paths)]
     settings = SimpleNamespace(cache=True, size=SIZE)
     with pytest.raises(media.DataError, match="no video is cached at 64 pixels; write them first: python data.py"):
@@ -340,29 +293,27 @@ def test_cache_command(tmp_path, capsys):
     (tmp_path / "videos" / "bad.mp4").write_bytes(b"x")
     media.write_cache(tmp_path, SIZE, 4.0, 1)
     said = capsys.readouterr()
-    assert "2 of 3 videos written" in said.out and "1 cannot be read" in said.out and "bad.mp4" in said.err
-    (tmp_path / "videos" / "cached" / "b.mp4.64.zip").unlink()
+    assert "2 of 3 videos are cached" in said.out and "bad.mp4: not a readable" in said.err
+    entries = sorted((tmp_path / "videos" / "cached").iterdir())
+    assert [p.name for p in entries] == ["b.mp4.64.zip", "c.mp4.64.zip"]  # no parts
+    entries[0].unlink()
     media.check_cached(examples, settings)
-    assert "cache: 1 of 2 videos" in capsys.readouterr().out
-    media.write_cache(tmp_path, SIZE, 4.0, 1)
-    assert "1 of 3 videos written" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "videos" / "cached").iterdir()) == ["b.mp4.64.zip", "c.mp4.64.zip"]  # no parts
+    assert "cache: 1 of 2 videos (the rest is decoded" in capsys.readouterr().out
     with pytest.raises(media.DataError, match="no videos"):
         media.write_cache(tmp_path / "nowhere", SIZE, 4.0, 1)
 
 
 # ---------------------------------------------------------------- images and animations
-
-
-def make_gif(path, n=8, duration=50, **options):
+def make_gif(path, n=8, duration=50, format="GIF"):
     images = [Image.fromarray(numbered(i)) for i in range(n)]
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
+    images[0].save(path, format, save_all=True, append_images=images[1:], duration=duration, loop=0, lossless=True)
     return path
 
 
-def test_gif(tmp_path):
-    path = make_gif(tmp_path / "called.mp4", 8, 50)  # content decides, not the name
-    assert media.probe(path) == (8, pytest.approx(20.0), W, H, 0.0, "pillow", ())
+@pytest.mark.parametrize("format, duration", [("GIF", 50), ("PNG", 50), ("WEBP", 50), ("WEBP", 1)])
+def test_animations(tmp_path, format, duration):
+    path = make_gif(tmp_path / "called.mp4", 8, duration, format)  # content decides, not the name
+    assert media.probe(path) == (8, pytest.approx(1000 / duration), W, H, 0.0, "pillow", ())
     assert numbers(media.read_frames(path, [7, 0, 3, 3], SIZE)) == [7, 0, 3, 3]
 
 
@@ -381,36 +332,24 @@ def test_truncated_gif(tmp_path, kept):
     assert numbers(media.read_frames(path, range(found.num_frames), SIZE)) == list(range(found.num_frames))
 
 
-@pytest.mark.parametrize("format", ["WEBP", "PNG"])
-def test_other_animations(tmp_path, format):
-    path = tmp_path / "a"
-    images = [Image.fromarray(numbered(i)) for i in range(6)]
-    images[0].save(path, format, save_all=True, append_images=images[1:], duration=40, lossless=True)
-    assert media.probe(path)[:2] == (6, pytest.approx(25.0))
-    assert numbers(media.read_frames(path, [5, 2], SIZE)) == [5, 2]
-
-
-def red(mode):
-    return Image.new("RGB", (4, 2), (255, 0, 0)).convert(mode)
-
-
+RED = Image.new("RGB", (4, 2), (255, 0, 0))
 STILLS = {
-    "rgb.png": (red("RGB"), (255, 0, 0)),
-    "palette.png": (red("P"), (255, 0, 0)),
-    "cmyk.jpg": (red("CMYK"), (254, 0, 0)),
+    "rgb.png": (RED.convert("RGB"), (255, 0, 0)),
+    "palette.png": (RED.convert("P"), (255, 0, 0)),
+    "cmyk.jpg": (RED.convert("CMYK"), (254, 0, 0)),
     "grey.bmp": (Image.new("L", (4, 2), 77), (77, 77, 77)),
     "bilevel.png": (Image.new("1", (4, 2), 1), (255, 255, 255)),
     "grey16.png": (Image.fromarray(np.full((2, 4), 100 * 256 + 9, np.uint16)), (100, 100, 100)),
     "clear.png": (Image.new("RGBA", (4, 2), (9, 9, 9, 0)), (255, 255, 255)),
     "half.webp": (Image.new("RGBA", (4, 2), (0, 0, 0, 128)), (127, 127, 127)),
-    "one.gif": (red("P"), (255, 0, 0)),
+    "one.gif": (RED.convert("P"), (255, 0, 0)),
 }
 
 
 @pytest.mark.parametrize("name", STILLS)
 def test_still_images(tmp_path, name):
     image, colour = STILLS[name]
-    image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    image.save(tmp_path / name, lossless=True)
     assert media.probe(tmp_path / name) == (1, 1.0, 4, 2, 0.0, "pillow", ())
     frame = media.read_clips(tmp_path / name, 1, 2, 2, 8, train=True)[0, 1].int()
     assert (frame[:, :4] - torch.tensor(colour)[:, None, None]).abs().max() <= 1
@@ -428,75 +367,32 @@ def test_exif_orientation(tmp_path):
 
 
 # ---------------------------------------------------------------- bad input: one line that names the file
+BAD = [  # what it is, how it is made
+    ("no such file", lambda path: None),
+    ("no such file", lambda path: path.mkdir()),
+    ("not a readable image or video", lambda path: path.write_bytes(b"")),
+    ("not a readable image or video", lambda path: path.write_text("hello\n" * 99)),
+    ("not a readable image or video", lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(99))),
+    ("no readable video stream", lambda path: ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-f", "wav", path)),
+]
 
 
-def save_sound(path):
-    ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-f", "wav", path)
-
-
-def save_playlist(path):
-    video = make_video(path.parent / "other.mp4", 3, *X264)
-    path.write_text(f"#EXTM3U\n#EXTINF:1,\n{video}\n#EXT-X-ENDLIST\n")
-
-
-def save_concat(path):
-    make_video(path.parent / "other.mp4", 3, *X264)
-    path.write_text("ffconcat version 1.0\nfile other.mp4\n")
-
-
-def save_giant_gif(path, side):
-    data = bytearray(make_gif(path, 2).read_bytes())
-    data[6:10] = side.to_bytes(2, "little") * 2
-    path.write_bytes(data)
-
-
-BAD = {
-    "no such file": lambda path: None,
-    "empty": lambda path: path.write_bytes(b""),
-    "check the path": lambda path: path.mkdir(),
-    "no readable video stream": save_sound,
-    "not a readable": lambda path: path.write_text("hello\n" * 99),
-    "not a readable image": lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(99)),
-    "Invalid data": save_playlist,
-    "Invalid argument": save_concat,
-    "too many": lambda path: save_giant_gif(path, 8192),
-    "no readable video": lambda path: save_giant_gif(path, 60000),
-    "9000x1 pixels": lambda path: Image.new("L", (9000, 1)).save(path, "PNG"),
-}
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("message", BAD)
-def test_bad_files(tmp_path, message):
+@pytest.mark.parametrize("message, save", BAD)
+def test_bad_files(tmp_path, message, save):
     path = tmp_path / "bad.mp4"
-    BAD[message](path)
+    save(path)
     with pytest.raises(media.DataError, match=message) as caught:
         media.read_clips(path, 2, 2, 2, SIZE, train=False)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_nothing_decodes(tmp_path, monkeypatch):
-    path = make_video(tmp_path / "video.mp4", 30, *X264, "-movflags", "faststart")
-    monkeypatch.setattr(media, "_decode", lambda *_: False)
-    with pytest.raises(media.DataError, match="no frame could be decoded"):
-        media.read_frames(path, [0, 3], SIZE)
-    data = path.read_bytes()
-    path.write_bytes(data[: data.index(b"mdat") + 8])
-    with pytest.raises(media.DataError, match="no readable video stream"):
-        media.probe(path)
-
-
-def test_time_limit(tmp_path, monkeypatch):
-    path, gif = make_video(tmp_path / "video.mp4", 30, *X264), make_gif(tmp_path / "a.gif")
+def test_time_limit(tmp_path, monkeypatch):  # that of GIFs: test_strangers.py
+    path = make_video(tmp_path / "video.mp4", 30, *X264)
     monkeypatch.setattr(media, "TIME_LIMIT", 0.0)
-    for slow in (path, gif):
-        with pytest.raises(media.DataError, match="over 0 s"):
-            media.probe(slow)
+    pytest.raises(media.DataError, media._probe_video, path).match("over 0 s")
 
 
 # ---------------------------------------------------------------- odd files met in the wild
-
-
 REAL = json.loads((VIDEOS / "manifest.json").read_text())["files"] if VIDEOS.is_dir() else []
 
 
@@ -505,8 +401,7 @@ REAL = json.loads((VIDEOS / "manifest.json").read_text())["files"] if VIDEOS.is_
 def test_odd_real_files(entry):
     path = VIDEOS / entry["file"]
     if not entry["width"] and path.suffix != ".webp":
-        with pytest.raises(media.DataError, match="no readable video stream" if path.suffix == ".mp3" else "empty"):
-            media.probe(path)
+        pytest.raises(media.DataError, media.probe, path).match("no readable video stream|not a readable")
         return
     found = media.probe(path)
     if path.suffix != ".webp":
@@ -515,5 +410,4 @@ def test_odd_real_files(entry):
         assert abs(found.num_frames - max(entry["frames_decoded"], entry["frames_header"])) <= 1
     clips = media.read_clips(path, 2, 2, 2, SIZE, train=False)
     assert clips.shape == (2, 2, 3, SIZE, SIZE) and clips.max() > 0
-    last = media.read_frames(path, [found.num_frames - 1, 0], SIZE)
-    assert last.shape == (2, 3, SIZE, SIZE)
+    assert len(media.read_frames(path, [found.num_frames - 1, 0], SIZE)) == 2
