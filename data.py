@@ -897,8 +897,7 @@ def find_files(folder, patterns, many=False):
         for pattern in patterns:
             found = [path for path in files if any(map(path.match, pattern.split("|")))]
             if len(found) > 1 and not many:
-                names = " and ".join(str(path.relative_to(folder)) for path in found[:4])
-                raise DataError(f"{folder}: {names} all fit {pattern}; keep one of them there")
+                raise DataError(f"{found[0]} and {found[1]} both fit {pattern}; keep one of them there")
             if found:
                 return found
     raise NoAnnotations(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
@@ -909,14 +908,14 @@ def reading(path):
     """-> where reading stands: a file, and a line of it or an index in its JSON.
 
     The generators below keep it up to date, row by row, so that whatever goes wrong in here becomes
-    one line that begins with it. The errors listed are those that broken files cause; any other is
-    a mistake of ours, and keeps its traceback.
+    one line that begins with it, and is no longer than can be read. The errors listed are those that
+    broken files cause; any other is a mistake of ours, and keeps its traceback.
     """
     place = SimpleNamespace(path=path, row=1)
     try:
         yield place
     except (ValueError, TypeError, AttributeError, OSError, RecursionError, csv.Error) as error:
-        raise DataError(f"{place.path}:{place.row}: {error}") from None
+        raise DataError(f"{place.path}:{place.row!s:.100}: {error!s:.400}") from None
 
 
 # -------------------------------------------------- files to rows
@@ -937,7 +936,7 @@ def read_rows(place, path):
     tabs = b"\t" in lines[0]
     header = [name.strip() for name in split_line(lines[0], tabs)]
     if len(set(header)) < len(header):  # a dict would quietly keep the last of two
-        raise ValueError(f"two columns of one name; the header reads {' '.join(header)[:200]!r}")
+        raise ValueError("two columns have the same name")
     for place.row, line in enumerate(lines[1:], 2):
         fields = split_line(line, tabs)
         if len(fields) != len(header):  # a blank line, too: it may be where a row was lost
@@ -977,7 +976,7 @@ def json_rows(place, content):
         yield from joined(place, content, "annotations", "question_id", "questions", "question_id")
     else:  # ActivityNet: {video: {sentences}}
         for video, about in content.items():
-            place.row = repr(video[:80])
+            place.row = repr(video)
             for sentence in column(about, "sentences", kind=list):
                 yield {"video_id": video, "caption": sentence}
 
@@ -997,19 +996,24 @@ def joined(place, content, single, own, many, key):
     """
     others = {}
     for other in listed(place, content, single):
-        if others.setdefault(name := name_of(other, own), other) is not other:
-            raise ValueError(f"{own} {name[:80]!r} is there twice")
-    if many not in content:
+        name = name_of(other, own)
+        if name in others:  # of the two one would be the wrong one
+            raise ValueError(f"{own} {name!r} is there twice")
+        others[name] = other
+    two_files = many not in content  # VQA: they belong together one by one, and none may be left over
+    if two_files:
         file = place.path.stem.removeprefix("v2_").replace(single, many)
         place.path, = find_files(place.path.parent, [f"*{file}*.json"])
         place.row, content = 1, read_json(place.path)
     for row in listed(place, content, many):
         name = name_of(row, key)
-        other = others.get(name)
+        other = others.pop(name, None) if two_files else others.get(name)
         # What both tell, VQA's image, has to agree. But each kind of row counts its own "id".
         if other is None or any(row[k] != other[k] for k in row.keys() & other.keys() - {"id"}):
-            raise ValueError(f"{key} {name[:80]!r} has no match in the other list")
+            raise ValueError(f"{key} {name!r} has no match in the other list")
         yield {**other, **row}
+    if two_files and others:
+        raise ValueError(f"{len(others):,} {single} have no match in {many}")
 
 
 def msrvtt_rows(place, listing):
@@ -1035,11 +1039,11 @@ def column(row, *names, kind=object):
     kind: the type it must have. Text, for one, could be walked through like a list, letter by letter.
     """
     if not isinstance(row, dict):  # JSON can put anything anywhere
-        raise TypeError(f"expected {{key: value}}, found {type(row).__name__}")
+        raise TypeError(f"expected {{key: value}}, found {row!r}")
     for name in names:
         if row.get(name) is not None:
             if not isinstance(row[name], kind):
-                raise TypeError(f"{name} should be a {kind.__name__}, is {type(row[name]).__name__}")
+                raise TypeError(f"{name} should be a {kind.__name__}, is {row[name]!r}")
             return row[name]
     raise ValueError(f"{' or '.join(names)} is missing")
 
@@ -1051,9 +1055,9 @@ def clean(value, name, blank=False):
     are compared letter by letter, and predictions are printed: there they would do harm.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} should be text, is {type(value).__name__}")
+        raise TypeError(f"{name} should be text, is {value!r}")
     if len(value) > MAX_TEXT:
-        raise ValueError(f"{name} has {len(value):,} characters, more than {MAX_TEXT:,}")
+        raise ValueError(f"{name} has more than {MAX_TEXT:,} characters")
     if re.search("[\0\ud800-\udfff]", value):  # JSON can spell NUL and half a surrogate pair
         raise ValueError(f"{name} holds characters that are not text")
     line = " ".join(value.split())
@@ -1074,12 +1078,10 @@ def name_of(row, *names):
 
 def whole(row, name, highest):
     """A whole number from 0 on. int() would also take True, 3.7 and '1_0': labels must be exact."""
-    value = number = column(row, name)
-    if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value):
-        number = int(value)
-    if type(number) is not int or not 0 <= number <= highest:
-        raise ValueError(f"{name} should be a whole number from 0 to {highest}, is {value!r:.40}")
-    return number
+    value = column(row, name)
+    if not re.fullmatch(" *[0-9]{1,9} *", str(value)) or int(value) > highest:
+        raise ValueError(f"{name} should be a whole number from 0 to {highest}, is {value!r}")
+    return int(value)
 
 
 # -------------------------------------------------- what is asked: a row to fields of an Example
@@ -1142,8 +1144,8 @@ def soft_answer(row):
     return {**question, "answer": scores, "people": people}
 
 
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-NUMBERS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
+NUMBERS = "zero one two three four five six seven eight nine ten"
+NUMBERS = {word: str(i) for i, word in enumerate(NUMBERS.split())} | {"none": "0"}
 CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
     he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
@@ -1153,7 +1155,7 @@ CONTRACTIONS = """
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
     won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-CONTRACTIONS = {word.replace("'", ""): word for word in re.findall(r"\S+", CONTRACTIONS)}
+CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTIONS.split()}
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -1202,7 +1204,7 @@ def read_answer_list(folder):
     with reading(path):
         labels = read_json(path)
         if not labels or sorted(labels.values()) != list(range(len(labels))):
-            raise ValueError(f"the labels of its {len(labels):,} answers should count up from 0, each used once")
+            raise ValueError("the labels should count up from 0, each used once")
     return sorted(labels, key=labels.get)
 
 
@@ -1214,19 +1216,19 @@ def media_key(name):
     return re.sub(r"^COCO_\w+_(?=\d{12}$)", "", stem)
 
 
-@functools.lru_cache(maxsize=64)  # a directory is listed once: VQA asks for 120,000 of its names
+@functools.cache  # a directory is listed once: VQA asks for 120,000 of its names
 def media_index(folder, parent):
     """{media_key: paths} of the media in `parent`, below all PLACES and in their order."""
     index = {}
-    for directory in (Path(folder, place, parent) for place in PLACES):
-        names = os.listdir(directory) if os.path.isdir(directory) else ()
-        # A video goes before its thumbnail.
-        for name in sorted(names, key=lambda name: (name.lower().endswith(IMAGES), name)):
+    for place in PLACES:
+        directory = Path(folder, place, parent)
+        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
             if name.lower().endswith(MEDIA_SUFFIXES):
                 index.setdefault(media_key(name), []).append(directory / name)
     return index
 
 
+@functools.cache  # a video has many captions
 def find_media(folder, name):
     """The file that an annotation means by `name`, or None.
 
@@ -1235,7 +1237,7 @@ def find_media(folder, name):
     a drive, a link) is an error, or a page of answers could show what else is on this machine.
     """
     if re.search(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0", name):
-        raise DataError(f"{name[:200]!r}: a media name must stay inside the data folder {folder}")
+        raise DataError(f"{name!r:.200}: a media name must stay inside the data folder {folder}")
     parent, base = os.path.split(name)
     suffixes = next((kind for kind in (IMAGES, VIDEOS) if base.lower().endswith(kind)), MEDIA_SUFFIXES)
     index = media_index(os.path.abspath(folder), parent)
@@ -1243,7 +1245,8 @@ def find_media(folder, name):
     paths = [path for path in paths if path.name.lower().endswith(suffixes) and path.is_file()]
     if not paths:
         return None
-    path = min(paths, key=lambda path: path.name != base)  # the name itself, else the first
+    # The very name, else a video before its thumbnail, else the first.
+    path = min(paths, key=lambda path: (path.name != base, path.suffix.lower() in IMAGES))
     if not path.resolve().is_relative_to(Path(folder).resolve()):
         raise DataError(f"{path}: a link out of the data folder {folder}; copy the file, "
                         "or give its real folder")  # fmt: skip
@@ -1252,8 +1255,8 @@ def find_media(folder, name):
 
 # -------------------------------------------------- rows to examples
 # What the layouts call the name of the video or image, and what a bare number there stands for.
-MEDIA = dict.fromkeys(("path", "gif_name", "clip_name", "video", "image", "file_name"), "{}")
-MEDIA |= {"video_id": "video{}", "vg_id": "{}.jpg", "image_id": "{:0>12}", "coco_id": "{:0>12}"}
+MEDIA = {"path": "{}", "gif_name": "{}", "clip_name": "{}", "video": "{}", "image": "{}", "file_name": "{}",
+         "video_id": "video{}", "vg_id": "{}.jpg", "image_id": "{:0>12}", "coco_id": "{:0>12}"}  # fmt: skip
 IDS = ("vid_id", "question_id", "sen_id", "region_id", "key", "id")
 
 
@@ -1269,7 +1272,7 @@ class Layout(NamedTuple):
     paragraphs: bool = False  # are all sentences about a video one text?
     one_caption: bool = False  # a test video has one: R@1 among 20 of them is another figure
     all_files: bool = False  # pretraining: captions come from all files that fit
-    instead: dict = {}  # {split: whose files serve for it}: some test answers are secret
+    instead: dict | None = None  # {split: whose files serve for it}: some test answers are secret
     training: str | None = None  # the task whose training files serve for this one
 
     def read(self, folder, split):
@@ -1277,8 +1280,10 @@ class Layout(NamedTuple):
         if self.training and split != "test":
             return LAYOUTS[self.training].read(folder, split)
         media_index.cache_clear()  # files may have come or gone since the last reading
+        find_media.cache_clear()
+        names = (self.instead or {}).get(split, [split])
         patterns = [pattern.format(split=name, Split=name.title())
-                    for name in self.instead.get(split, [split]) for pattern in self.files]  # fmt: skip
+                    for name in names for pattern in self.files]  # fmt: skip
         paths = find_files(folder, patterns, self.all_files)
         examples = [example for path in paths for example in read_file(self, folder, path, split)]
         if not examples and not (self.all_files and split != "train"):
@@ -1305,25 +1310,23 @@ def read_examples(task, folders, split):
 
 def read_file(layout, folder, path, split):
     """The examples of one annotation file, and of what stands beside it (VQA's questions, ...)."""
-    # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.
-    find = functools.cache(lambda name: find_media(folder, name) or find_media(path.parent, name))
-    per_video = layout.paragraphs or layout.one_caption and split == "test"
-    found = {}
+    found, alone = {}, layout.one_caption and split == "test"
+    read = msrvtt_rows if path.match("MSRVTT_*.[79]k*.csv") else read_rows
     with reading(path) as place:
-        listing = path.match("MSRVTT_*.[79]k*.csv")
-        rows = msrvtt_rows(place, path) if listing else read_rows(place, path)
+        rows = read(place, path)
         for row in captions_of(rows, path, split) if layout.all_files else rows:
-            example = make_example(row, layout, place, find)
-            key = example.video if per_video else len(found)
-            if key in found and not layout.paragraphs:
-                raise ValueError(f"a second caption of {key[:80]!r}; in testing it has one")
+            example = make_example(row, layout, place, folder)
+            # Kept under the video's name where a video's captions are joined or it has only one,
+            # else under a number.
+            key = example.video if alone or layout.paragraphs else len(found)
+            if key in found and alone:
+                raise ValueError(f"a second caption of {key!r}; in testing it has one")
             if key in found:
                 example = example._replace(text=f"{found[key].text} {example.text}".strip())
             found[key] = example
     examples = [example for example in found.values() if example.text or example.options]
     if blank := len(found) - len(examples):  # one caption in millions: no reason to stop
-        print(f"note: {path}: left out {blank:,} of {len(found):,} captions, which are blank",
-              file=sys.stderr)  # fmt: skip
+        print(f"note: {path}: left out {blank:,} blank captions", file=sys.stderr)
     return examples
 
 
@@ -1333,16 +1336,16 @@ def captions_of(rows, path, split):
     The split is what the row says (in MSRVTT's json), else what the file's name does, else train.
     Some rows have a list of captions.
     """
-    splits = re.findall("train|val|test", path.stem.lower()) or ["train"]
+    splits_of_file = re.findall("train|val|test", path.stem.lower()) or ["train"]
     for row in rows:
-        if split in (re.findall("train|val|test", row["split"]) if "split" in row else splits):
+        if split in (re.findall("train|val|test", row["split"]) if "split" in row else splits_of_file):
             said = column(row, *CAPTION)
             for text in said if isinstance(said, list) else [said]:
                 yield {**row, CAPTION[0]: text}
 
 
-def make_example(row, layout, place, find):
-    """find: the name of a video or image -> its file, or None. This is where an example gets its path."""
+def make_example(row, layout, place, folder):
+    """This is where an example gets its video's path, or None: it is missing."""
     asked = layout.asked(row)
     video = name_of(row, *MEDIA)
     if video.isdigit():
@@ -1350,7 +1353,8 @@ def make_example(row, layout, place, find):
     name = name_of({"place": place.row, **row}, *IDS, "place")
     if layout.all_files:  # ids repeat from one file to the next
         name = f"{place.path.stem}/{name}"
-    path = find(video)
+    # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.
+    path = find_media(folder, video) or find_media(place.path.parent, video)
     return Example(video if layout.paragraphs else name, video, path=path and str(path), **asked)
 
 
