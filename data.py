@@ -964,7 +964,7 @@ def json_rows(place, content):
         for i, row in enumerate(content):
             place.row = f"[{i}]"
             if "regions" in row:  # Visual Genome: the regions of a photo, each with its own caption
-                for region in column(row, "regions", kind=list):
+                for region in column(row, "regions", list):
                     yield {"vg_id": column(region, "image_id"), **region}
             else:
                 yield row
@@ -977,13 +977,13 @@ def json_rows(place, content):
     else:  # ActivityNet: {video: {sentences}}
         for video, about in content.items():
             place.row = repr(video)
-            for sentence in column(about, "sentences", kind=list):
+            for sentence in column(about, "sentences", list):
                 yield {"video_id": video, "caption": sentence}
 
 
 def listed(place, content, name):
     """The entries of a list in a JSON file; their places read name[i]."""
-    for i, row in enumerate(column(content, name, kind=list)):
+    for i, row in enumerate(column(content, name, list)):
         place.row = f"{name}[{i}]"
         yield row
 
@@ -1033,19 +1033,22 @@ def msrvtt_rows(place, listing):
 
 
 # -------------------------------------------------- columns to values: exact, or an error
-def column(row, *names, kind=object):
-    """The first of these columns that the row has: layouts call the same thing by several names.
-
-    kind: the type it must have. Text, for one, could be walked through like a list, letter by letter.
-    """
+def present(row, *names):
+    """The first of these columns that the row has: layouts call the same thing by several names."""
     if not isinstance(row, dict):  # JSON can put anything anywhere
         raise TypeError(f"expected {{key: value}}, found {row!r}")
     for name in names:
         if row.get(name) is not None:
-            if not isinstance(row[name], kind):
-                raise TypeError(f"{name} should be a {kind.__name__}, is {row[name]!r}")
-            return row[name]
+            return name
     raise ValueError(f"{' or '.join(names)} is missing")
+
+
+def column(row, name, kind=object):
+    """kind: the type it must have. Text, for one, could be walked through like a list, letter by letter."""
+    value = row[present(row, name)]
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} should be a {kind.__name__}, is {value!r}")
+    return value
 
 
 def clean(value, name, blank=False):
@@ -1067,13 +1070,14 @@ def clean(value, name, blank=False):
 
 
 def text_of(row, *names, blank=False):
-    return clean(column(row, *names), " or ".join(names), blank)
+    name = present(row, *names)
+    return clean(row[name], name, blank)
 
 
 def name_of(row, *names):
     """An id or the name of a file: text or a whole number."""
-    value = column(row, *names)
-    return str(value) if type(value) is int else clean(value, names[0])
+    name = present(row, *names)
+    return str(row[name]) if type(row[name]) is int else clean(row[name], name)
 
 
 def whole(row, name, highest):
@@ -1098,7 +1102,7 @@ def caption_choice(row):
     if "a1" in row:
         options = [column(row, f"a{i}") for i in range(1, OPTIONS + 1)]
     else:
-        options = column(row, "options", kind=list)
+        options = column(row, "options", list)
     if len(options) != OPTIONS:
         raise ValueError(f"expected {OPTIONS} options, found {len(options)}")
     options = tuple(clean(option, f"option {i}") for i, option in enumerate(options, 1))
@@ -1130,11 +1134,11 @@ def soft_answer(row):
     kind = clean(row.get("answer_type") or "", "answer_type", blank=True)
     question = {"text": text_of(row, "question"), "kind": kind}
     if "labels" in row:
-        labels = column(row, "labels", kind=dict)
+        labels = column(row, "labels", dict)
         if not all(type(n) in (int, float) and 0 <= n <= 1 for n in labels.values()):
             raise ValueError("labels should be {answer: score from 0 to 1}")
         return {**question, "answer": {clean(said, "an answer"): n for said, n in labels.items()}}
-    given = column(row, "answers", kind=list)
+    given = column(row, "answers", list)
     if len(given) != PEOPLE:
         raise ValueError(f"expected the answers of {PEOPLE} people, found {len(given)}")
     # intern: most are "yes" or "no", and four million copies of them would take space
@@ -1339,17 +1343,17 @@ def captions_of(rows, path, split):
     splits_of_file = re.findall("train|val|test", path.stem.lower()) or ["train"]
     for row in rows:
         if split in (re.findall("train|val|test", row["split"]) if "split" in row else splits_of_file):
-            said = column(row, *CAPTION)
-            for text in said if isinstance(said, list) else [said]:
-                yield {**row, CAPTION[0]: text}
+            name = present(row, *CAPTION)
+            for text in row[name] if isinstance(row[name], list) else [row[name]]:
+                yield {**row, name: text}
 
 
 def make_example(row, layout, place, folder):
     """This is where an example gets its video's path, or None: it is missing."""
     asked = layout.asked(row)
-    video = name_of(row, *MEDIA)
-    if video.isdigit():
-        video = next(form for name, form in MEDIA.items() if row.get(name) is not None).format(video)
+    named = present(row, *MEDIA)
+    video = name_of(row, named)
+    video = MEDIA[named].format(video) if video.isdigit() else video
     name = name_of({"place": place.row, **row}, *IDS, "place")
     if layout.all_files:  # ids repeat from one file to the next
         name = f"{place.path.stem}/{name}"
