@@ -1247,11 +1247,9 @@ def find_media(folder, name):
     index = media_index(os.path.abspath(folder), parent)
     paths = index.get(media_key(base), []) + index.get(base, [])  # a.mov may be a.mov.mp4 now
     paths = [path for path in paths if path.name.lower().endswith(suffixes) and path.is_file()]
-    if not paths:
-        return None
     # The very name, else a video before its thumbnail, else the first.
-    path = min(paths, key=lambda path: (path.name != base, path.suffix.lower() in IMAGES))
-    if not path.resolve().is_relative_to(Path(folder).resolve()):
+    path = min(paths, key=lambda path: (path.name != base, path.suffix.lower() in IMAGES), default=None)
+    if path and not path.resolve().is_relative_to(Path(folder).resolve()):
         raise DataError(f"{path}: a link out of the data folder {folder}; copy the file, "
                         "or give its real folder")  # fmt: skip
     return path
