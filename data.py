@@ -864,12 +864,12 @@ def check_cached(examples, s):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Annotation files to examples. `LAYOUTS`, at the end, is a table: a row says which files a task
-# has, which of their columns is the text, and what is asked. All layouts go one way:
+# has, and what is asked in them. All layouts go one way:
 #
-#     folder -> find_files -> read_rows: a dict per question or caption -> make_examples -> Example
+#     folder -> find_files -> read_rows: a dict per question or caption -> make_example -> Example
 #
 # A label is exact or the run stops: an answer that was guessed, or that slipped by a row, would
-# train and test well enough to go unnoticed. `complain` is the one place where whatever goes wrong
+# train and test well enough to go unnoticed. `reading` is the one place where whatever goes wrong
 # becomes a DataError, `file:line: what`.
 
 OPTIONS = 5  # TGIF-QA action and transition, MSRVTT-MC: all five-way
@@ -1070,6 +1070,7 @@ def clean(value, name, blank=False):
 
 
 def text_of(row, *names, blank=False):
+    """The first of these columns that the row has, as text. blank: see clean()."""
     name = present(row, *names)
     return clean(row[name], name, blank)
 
@@ -1110,10 +1111,12 @@ def caption_choice(row):
 
 
 def choice(row):
+    """A question about the video, where MSRVTT-MC's captions ask nothing."""
     return {**caption_choice(row), "text": text_of(row, "question")}
 
 
 def count(row):
+    """TGIF-QA's repetition count."""
     return {"text": text_of(row, "question"), "answer": whole(row, "answer", MAX_COUNT)}
 
 
@@ -1340,10 +1343,11 @@ def captions_of(rows, path, split):
     """
     splits_of_file = re.findall("train|val|test", path.stem.lower()) or ["train"]
     for row in rows:
-        if split in (re.findall("train|val|test", row["split"]) if "split" in row else splits_of_file):
+        splits = re.findall("train|val|test", row["split"]) if "split" in row else splits_of_file
+        if split in splits:
             name = present(row, *CAPTION)
-            for text in row[name] if isinstance(row[name], list) else [row[name]]:
-                yield {**row, name: text}
+            texts = row[name] if isinstance(row[name], list) else [row[name]]
+            yield from ({**row, name: text} for text in texts)
 
 
 def make_example(row, layout, place, folder):
