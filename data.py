@@ -1352,7 +1352,6 @@ def captions_of(rows, path, split):
 
 def make_example(row, layout, place, folder):
     """This is where an example gets its video's path, or None: it is missing."""
-    asked = layout.asked(row)
     named = present(row, *MEDIA)
     video = name_of(row, named)
     video = MEDIA[named].format(video) if video.isdigit() else video
@@ -1361,7 +1360,8 @@ def make_example(row, layout, place, folder):
         name = f"{place.path.stem}/{name}"
     # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.
     path = find_media(folder, video) or find_media(place.path.parent, video)
-    return Example(video if layout.paragraphs else name, video, path=path and str(path), **asked)
+    name = video if layout.paragraphs else name
+    return Example(name, video, path=path and str(path), **layout.asked(row))
 
 
 # -------------------------------------------------- the table: tasks to layouts
