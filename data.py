@@ -876,7 +876,6 @@ OPTIONS = 5  # TGIF-QA action and transition, MSRVTT-MC: all five-way
 PEOPLE = 10  # who answered each question of VQA
 MAX_COUNT = 999  # TGIF-QA counts to some 30; a larger number is an id in the wrong column
 MAX_TEXT = 20_000  # characters; far above any real field, far below what hurts
-TABLES = (".csv", ".tsv", ".jsonl", ".json")
 VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2", ".mpg", ".mpeg",
           ".wmv", ".flv", ".mts")  # fmt: skip
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -892,10 +891,10 @@ def find_files(folder, patterns, many=False):
     The first pattern that fits any file counts; "a|b" takes what fits either. Two files of which
     one would do are an error: a guess might train on the wrong one. many: take all that fit.
     """
-    for depth in ("[!.]*", "[!.]*/[!.]*"):  # [!.]: nothing hidden
-        files = sorted(path for path in Path(folder).glob(depth) if path.suffix in TABLES)
+    for depth in ("", "[!.]*/"):  # [!.]: nothing hidden
         for pattern in patterns:
-            found = [path for path in files if any(map(path.match, pattern.split("|")))]
+            paths = {path for either in pattern.split("|") for path in Path(folder).glob(depth + either)}
+            found = sorted(path for path in paths if not path.name.startswith("."))
             if len(found) > 1 and not many:
                 raise DataError(f"{found[0]} and {found[1]} both fit {pattern}; keep one of them there")
             if found:
@@ -1036,7 +1035,7 @@ def msrvtt_rows(place, listing):
 def present(row, *names):
     """The first of these columns that the row has: layouts call the same thing by several names."""
     if not isinstance(row, dict):  # JSON can put anything anywhere
-        raise TypeError(f"expected {{key: value}}, found {row!r}")
+        raise TypeError(f"expected {{key: value}}, found {type(row).__name__}")
     for name in names:
         if row.get(name) is not None:
             return name
@@ -1047,7 +1046,7 @@ def column(row, name, kind=object):
     """kind: the type it must have. Text, for one, could be walked through like a list, letter by letter."""
     value = row[present(row, name)]
     if not isinstance(value, kind):
-        raise TypeError(f"{name} should be a {kind.__name__}, is {value!r}")
+        raise TypeError(f"{name} should be a {kind.__name__}, is {type(value).__name__}")
     return value
 
 
@@ -1225,13 +1224,12 @@ def media_key(name):
 
 @functools.cache  # a directory is listed once: VQA asks for 120,000 of its names
 def media_index(folder, parent):
-    """{media_key: paths} of the media in `parent`, below all PLACES and in their order."""
+    """{media_key: paths} of the files in `parent`, below all PLACES and in their order."""
     index = {}
     for place in PLACES:
         directory = Path(folder, place, parent)
         for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
-            if name.lower().endswith(MEDIA_SUFFIXES):
-                index.setdefault(media_key(name), []).append(directory / name)
+            index.setdefault(media_key(name), []).append(directory / name)
     return index
 
 
@@ -1262,7 +1260,7 @@ def find_media(folder, name):
 # What the layouts call the name of the video or image, and what a bare number there stands for.
 MEDIA = {"path": "{}", "gif_name": "{}", "clip_name": "{}", "video": "{}", "image": "{}", "file_name": "{}",
          "video_id": "video{}", "vg_id": "{}.jpg", "image_id": "{:0>12}", "coco_id": "{:0>12}"}  # fmt: skip
-IDS = ("vid_id", "question_id", "sen_id", "region_id", "key", "id")
+IDS = ("vid_id", "question_id", "sen_id", "region_id", "key", "id", "place")  # place: for want of one
 
 
 class Layout(NamedTuple):
@@ -1284,6 +1282,8 @@ class Layout(NamedTuple):
         """The examples of a split. Pretraining can do without val and test."""
         if self.training and split != "test":
             return LAYOUTS[self.training].read(folder, split)
+        if fault := no_folder(folder):
+            raise DataError(f"--data {fault}")
         media_index.cache_clear()  # files may have come or gone since the last reading
         find_media.cache_clear()
         names = (self.instead or {}).get(split, [split])
@@ -1307,9 +1307,6 @@ def read_examples(task, folders, split):
     """The examples of a task's split, from one folder or several, each with its media's path."""
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     layout = LAYOUTS[ALIASES.get(task, task)]
-    for folder in folders:
-        if fault := no_folder(folder):
-            raise DataError(f"--data {fault}")
     return [example for folder in folders for example in layout.read(folder, split)]
 
 
@@ -1355,7 +1352,7 @@ def make_example(row, layout, place, folder):
     named = present(row, *MEDIA)
     video = name_of(row, named)
     video = MEDIA[named].format(video) if video.isdigit() else video
-    name = name_of({"place": place.row, **row}, *IDS, "place")
+    name = name_of({"place": place.row, **row}, *IDS)
     if layout.all_files:  # ids repeat from one file to the next
         name = f"{place.path.stem}/{name}"
     # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.

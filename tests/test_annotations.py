@@ -206,7 +206,7 @@ def test_rows_that_two_lists_join_must_belong_together_one_by_one(tmp_path):
         ([row, row | {"question_id": 91}], "questions[0]: 1 annotations have no match in questions"),
         ([row | {"image_id": 8}], "questions[0]: question_id '90' has no match in the other list"),
         ([], "questions[0]: question_id '90' has no match in the other list"),
-        ({}, "annotations should be a list, is {}"),
+        ({}, "annotations should be a list, is dict"),
     ):
         write(tmp_path, "v2_mscoco_train2014_annotations.json", {"annotations": annotations})
         assert what in error(reader("vqa"), tmp_path, "train")
@@ -228,7 +228,7 @@ def test_malformed_tables(tmp_path, content, what):
 
 @pytest.mark.parametrize("line, what", [
     ('{"question": "q", ', "Expecting property name"),
-    ('["question"]', "expected {key: value}, found ['question']"),
+    ('["question"]', "expected {key: value}, found list"),
     ('{"question": 7, "answer": "a", "video_id": "v"}', "question should be text, is 7"),
     ('{"question": "q", "answer": 7, "video_id": "v"}', "answer should be text, is 7"),
     ('{"question": "q", "answer": null, "video_id": "v"}', "answer is missing"),
