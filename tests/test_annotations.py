@@ -66,7 +66,7 @@ FILES = [  # task, split, file, what it says (the first with a BOM and mixed lin
         for i, (video, text) in enumerate([("x.mov", "a cat."), ("y.mov", "b"), ("x.mov", "it sits")])],
      [E("x.mov", "x.mov", "a cat. it sits"), E("y.mov", "y.mov", "b")]),
     ("activitynet_retrieval", "test", "val_1.json",
-     {"v_a": {"duration": 3, "timestamps": [[0, 3]], "sentences": ["One.", "  Two."]}}, [E("v_a", "v_a", "One. Two.")]),
+     {"v_a": {"duration": 3, "timestamps": [[0, 3]], "sentences": ["1.", "  Two.", ""]}}, [E("v_a", "v_a", "1. Two.")]),
     ("activitynet_retrieval", "val", "val_1.csv", "video_id\tcaption\tstart\nv_a\tOne\t0\nv_b\tX\t0\nv_a\tTwo\t1\n",
      [E("v_a", "v_a", "One Two"), E("v_b", "v_b", "X")]),
     ("msrvtt_qa", "val", "val_qa.json", [SUNG], [E("4", "video6513", "who sings ?", (), "man", "who")]),
@@ -76,8 +76,8 @@ FILES = [  # task, split, file, what it says (the first with a BOM and mixed lin
      [E("1", "video1", "", A_TO_E, 2)]),
     ("vqa", "test", "vqa_test.jsonl", [{"question": "is", "question_id": 1, "image_id": 7, "labels": {"a": 1, "b": 0}}],
      [E("1", "000000000007", "is", (), {"a": 1, "b": 0})]),
-    ("pretrain", "train", "region_descriptions.json", [{"id": 4, "regions": [
-        {"region_id": 5, "image_id": 4, "phrase": "sky"}]}], [E("region_descriptions/5", "4.jpg", "sky")]),
+    ("pretrain", "train", "region_descriptions.json", [{"regions": [{"region_id": 5, "image_id": 4, "phrase": "sky"}]}],
+     [E("region_descriptions/5", "4.jpg", "sky")]),
     ("pretrain", "train", "coco_train.jsonl", [{"caption": "x", "coco_id": 7}, {"caption": ["y", "z"], "vg_id": 7}],
      [E("coco_train/1", "000000000007", "x"), E("coco_train/2", "7.jpg", "y"), E("coco_train/2", "7.jpg", "z")]),
     ("pretrain", "train", "mine.csv", 'path,caption\nclips/a.mp4,"a, b"\n12,c\n',
@@ -87,7 +87,8 @@ FILES = [  # task, split, file, what it says (the first with a BOM and mixed lin
 
 @pytest.mark.parametrize("task, split, name, content, examples", FILES, ids=[f"{file[0]}-{file[2]}" for file in FILES])
 def test_every_file_is_read_as_it_stands(tmp_path, task, split, name, content, examples):
-    write(tmp_path, name, content)
+    path = write(tmp_path, name, content)
+    path.with_name(f"._{path.name}").touch()  # macOS likes to put such files beside others
     assert data.read_examples(task, tmp_path, split) == examples
 
 
@@ -177,9 +178,7 @@ def test_captions_for_pretraining(tmp_path, capsys):
 # ---------------------------------------------------------------- what is wrong is named, with its line
 @pytest.mark.parametrize("line, what", [
     (JUMPS.replace("\t0\t", "\t5\t"), "answer should be a whole number from 0 to 4, is '5'"),
-    (JUMPS.replace("\t0\t", "\t-1\t"), "is '-1'"),
-    (JUMPS.replace("\t0\t", "\t0.0\t"), "is '0.0'"),
-    (JUMPS.replace("\t0\t", "\t\t"), "is ''"),
+    *[(JUMPS.replace("\t0\t", f"\t{wrong}\t"), f"is '{wrong}'") for wrong in ("-1", "0.0", "")],
     (JUMPS.replace("\t0\t", "\t\u0663\t"), "whole number"),  # int() reads Arabic digits
     (JUMPS.replace("\tnod", ""), "9 columns where the header has 10"),
     (JUMPS + "\tmore", "11 columns"),
@@ -264,8 +263,9 @@ def test_missing_and_ambiguous_files(tmp_path):
 
 # ---------------------------------------------------------------- names to files
 def test_find_media(tmp_path):
-    for name in ("gifs/tumblr_1.gif", "videos/video0.mp4", "images/COCO_val2014_000000000009.jpg", "a.jpg",
-                 "x/y z.webm", "images/000000000007.jpg", "videos/b.mov.mp4", "4.mp4", "videos/v.m3u8", "-x.mp4"):
+    for name in ("gifs/tumblr_1.gif", "videos/video0.jpg", "videos/video0.mp4", "images/COCO_val2014_000000000009.jpg",
+                 "a.jpg", "x/y z.mp4", "x/y z.webm", "images/000000000007.jpg", "videos/b.mov.mp4", "4.mp4",
+                 "videos/v.m3u8", "-x.mp4"):
         write(tmp_path, name, "")
     for name, found in {"tumblr_1": "gifs/tumblr_1.gif", "tumblr_1.gif": "gifs/tumblr_1.gif",
                         "video0": "videos/video0.mp4", "video0.avi": "videos/video0.mp4",
