@@ -49,6 +49,7 @@ from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import imageio_ffmpeg
@@ -841,19 +842,18 @@ def check_cached(examples, s):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Annotation files to examples. `LAYOUTS`, at the end, is a table: a row says which files a task
-# has, which of their columns is the text, and what is asked. All layouts go one way:
+# has, and what is asked in them. All layouts go one way:
 #
-#     folder -> find_files -> read_rows: a dict per question or caption -> make_examples -> Example
+#     folder -> find_files -> read_rows: a dict per question or caption -> make_example -> Example
 #
 # A label is exact or the run stops: an answer that was guessed, or that slipped by a row, would
-# train and test well enough to go unnoticed. `complain` is the one place where whatever goes wrong
+# train and test well enough to go unnoticed. `reading` is the one place where whatever goes wrong
 # becomes a DataError, `file:line: what`.
 
 OPTIONS = 5  # TGIF-QA action and transition, MSRVTT-MC: all five-way
 PEOPLE = 10  # who answered each question of VQA
 MAX_COUNT = 999  # TGIF-QA counts to some 30; a larger number is an id in the wrong column
 MAX_TEXT = 20_000  # characters; far above any real field, far below what hurts
-TABLES = (".csv", ".tsv", ".jsonl", ".json")
 VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2", ".mpg", ".mpeg",
           ".wmv", ".flv", ".mts")  # fmt: skip
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -869,39 +869,30 @@ def find_files(folder, patterns, many=False):
     The first pattern that fits any file counts; "a|b" takes what fits either. Two files of which
     one would do are an error: a guess might train on the wrong one. many: take all that fit.
     """
-    for depth in ("[!.]*", "[!.]*/[!.]*"):  # [!.]: nothing hidden
-        files = sorted(path for path in Path(folder).glob(depth) if path.suffix in TABLES)
+    for depth in ("", "[!.]*/"):  # [!.]: nothing hidden
         for pattern in patterns:
-            found = [path for path in files if any(map(path.match, pattern.split("|")))]
+            paths = {path for either in pattern.split("|") for path in Path(folder).glob(depth + either)}
+            found = sorted(path for path in paths if not path.name.startswith("."))
             if len(found) > 1 and not many:
-                names = " and ".join(str(path.relative_to(folder)) for path in found[:4])
-                raise DataError(f"{folder}: {names} all fit {pattern}; keep one of them there")
+                raise DataError(f"{found[0]} and {found[1]} both fit {pattern}; keep one of them there")
             if found:
                 return found
     raise NoAnnotations(f"{folder}: no annotation file; looked for {', '.join(patterns)}")
 
 
-class Place:
-    """Where reading stands: a file, and a line of it or an index in its JSON.
-
-    The generators below keep it up to date, row by row, so every complaint can begin with it.
-    """
-
-    def __init__(self, path):
-        self.path, self.row = path, 1
-
-
 @contextlib.contextmanager
-def complain(place):
-    """Whatever goes wrong in here becomes one line, which begins with where reading had come to.
+def reading(path):
+    """-> where reading stands: a file, and a line of it or an index in its JSON.
 
-    The errors listed are those that broken files cause; any other is a mistake of ours, and keeps
-    its traceback.
+    The generators below keep it up to date, row by row, so that whatever goes wrong in here becomes
+    one line that begins with it, and is no longer than can be read. The errors listed are those that
+    broken files cause; any other is a mistake of ours, and keeps its traceback.
     """
+    place = SimpleNamespace(path=path, row=1)
     try:
-        yield
+        yield place
     except (ValueError, TypeError, AttributeError, OSError, RecursionError, csv.Error) as error:
-        raise DataError(f"{place.path}:{place.row}: {error}") from None
+        raise DataError(f"{place.path}:{place.row!s:.100}: {error!s:.400}") from None
 
 
 # -------------------------------------------------- files to rows
@@ -922,7 +913,7 @@ def read_rows(place, path):
     tabs = b"\t" in lines[0]
     header = [name.strip() for name in split_line(lines[0], tabs)]
     if len(set(header)) < len(header):  # a dict would quietly keep the last of two
-        raise ValueError(f"two columns of one name; the header reads {' '.join(header)[:200]!r}")
+        raise ValueError("two columns have the same name")
     for place.row, line in enumerate(lines[1:], 2):
         fields = split_line(line, tabs)
         if len(fields) != len(header):  # a blank line, too: it may be where a row was lost
@@ -949,93 +940,92 @@ def json_rows(place, content):
     if isinstance(content, list):  # MSRVTT-QA, DiDeMo, one's own
         for i, row in enumerate(content):
             place.row = f"[{i}]"
-            # Visual Genome: the regions of a photo, each with its own caption.
-            regions = column(row, "regions", kind=list) if "regions" in row else ()
-            yield from ({"vg_id": column(region, "image_id"), **region} for region in regions)
-            if "regions" not in row:
+            if "regions" in row:  # Visual Genome: the regions of a photo, each with its own caption
+                for region in column(row, "regions", list):
+                    yield {"vg_id": column(region, "image_id"), **region}
+            else:
                 yield row
     elif "images" in content:  # COCO: a photo has several captions
-        images = index_by(place, content, "images", "id")
-        yield from joined(place, content, "annotations", "image_id", images)
+        yield from joined(place, content, "images", "id", "annotations", "image_id")
     elif "videos" in content:  # MSRVTT: so has a video
-        videos = index_by(place, content, "videos", "video_id")
-        yield from joined(place, content, "sentences", "video_id", videos)
+        yield from joined(place, content, "videos", "video_id", "sentences", "video_id")
     elif "annotations" in content:  # VQA: the questions stand in v2_OpenEnded_..._questions.json
-        answers = index_by(place, content, "annotations", "question_id")
-        name = place.path.stem.removeprefix("v2_").replace("annotations", "questions")
-        place.path, = find_files(place.path.parent, [f"*{name}*.json"])
-        asked = read_json(place.path)
-        yield from joined(place, asked, "questions", "question_id", answers, once=True)
+        yield from joined(place, content, "annotations", "question_id", "questions", "question_id")
     else:  # ActivityNet: {video: {sentences}}
         for video, about in content.items():
-            place.row = repr(video[:80])
-            for sentence in column(about, "sentences", kind=list):
+            place.row = repr(video)
+            for sentence in column(about, "sentences", list):
                 yield {"video_id": video, "caption": sentence}
 
 
 def listed(place, content, name):
     """The entries of a list in a JSON file; their places read name[i]."""
-    for i, row in enumerate(column(content, name, kind=list)):
+    for i, row in enumerate(column(content, name, list)):
         place.row = f"{name}[{i}]"
         yield row
 
 
-def index_by(place, content, label, key):
-    """{id: row} of a list, each id once: of two rows one would be the wrong one."""
-    found = {}
-    for row in listed(place, content, label):
-        if found.setdefault(name := name_of(row, key), row) is not row:
-            raise ValueError(f"{key} {name[:80]!r} is there twice")
-    return found
-
-
-def joined(place, content, label, key, others, once=False):
-    """Each row of a list, completed by that one of `others` to which its key points.
+def joined(place, content, single, own, many, key):
+    """Each row of the list `many`, completed by that one of the list `single` to which its key points.
 
     Rows are joined by their ids and never by their order: one row too few in either list would give
-    every later question its neighbour's answer. once: they belong together two by two, and none may
-    be left over.
+    every later question its neighbour's answer.
     """
-    for row in listed(place, content, label):
+    others = {}
+    for other in listed(place, content, single):
+        name = name_of(other, own)
+        if name in others:  # of the two one would be the wrong one
+            raise ValueError(f"{own} {name!r} is there twice")
+        others[name] = other
+    two_files = many not in content  # VQA: they belong together one by one, and none may be left over
+    if two_files:
+        file = place.path.stem.removeprefix("v2_").replace(single, many)
+        place.path, = find_files(place.path.parent, [f"*{file}*.json"])
+        place.row, content = 1, read_json(place.path)
+    for row in listed(place, content, many):
         name = name_of(row, key)
-        other = others.pop(name, None) if once else others.get(name)
+        other = others.pop(name, None) if two_files else others.get(name)
         # What both tell, VQA's image, has to agree. But each kind of row counts its own "id".
         if other is None or any(row[k] != other[k] for k in row.keys() & other.keys() - {"id"}):
-            raise ValueError(f"{key} {name[:80]!r} has no match in the other list")
+            raise ValueError(f"{key} {name!r} has no match in the other list")
         yield {**other, **row}
-    if once and others:
-        raise ValueError(f"{len(others):,} annotations have no question")
+    if two_files and others:
+        raise ValueError(f"{len(others):,} {single} have no match in {many}")
 
 
 def msrvtt_rows(place, listing):
     """The sentences of the videos in MSRVTT_train.9k.csv; the json files beside it hold them."""
-    names, heard = {name_of(row, "video_id") for row in read_rows(place, listing)}, set()
+    names = {name_of(row, "video_id") for row in read_rows(place, listing)}
+    silent = set(names)
     # The second kind of name is the challenge's: train_val_ and test_. Both hold videos of the 9k.
     patterns = ["MSRVTT_data*.json", "*_videodatainfo*.json"]
     for path in reversed(find_files(listing.parent, patterns, many=True)):
         for row in read_rows(place, path):
             if (name := name_of(row, "video_id")) in names:
-                heard.add(name)
+                silent.discard(name)
                 yield row
-    if silent := names - heard:
+    if silent:
         print(f"note: {listing}: {len(silent):,} of its {len(names):,} videos have no caption in "
               f"the json ({min(silent)}, ...)", file=sys.stderr)  # fmt: skip
 
 
 # -------------------------------------------------- columns to values: exact, or an error
-def column(row, *names, kind=object):
-    """The first of these columns that the row has: layouts call the same thing by several names.
-
-    kind: the type it must have. Text, for one, could be walked through like a list, letter by letter.
-    """
+def present(row, *names):
+    """The first of these columns that the row has: layouts call the same thing by several names."""
     if not isinstance(row, dict):  # JSON can put anything anywhere
         raise TypeError(f"expected {{key: value}}, found {type(row).__name__}")
     for name in names:
         if row.get(name) is not None:
-            if not isinstance(row[name], kind):
-                raise TypeError(f"{name} should be a {kind.__name__}, is {type(row[name]).__name__}")
-            return row[name]
+            return name
     raise ValueError(f"{' or '.join(names)} is missing")
+
+
+def column(row, name, kind=object):
+    """kind: the type it must have. Text, for one, could be walked through like a list, letter by letter."""
+    value = row[present(row, name)]
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} should be a {kind.__name__}, is {type(value).__name__}")
+    return value
 
 
 def clean(value, name, blank=False):
@@ -1045,9 +1035,9 @@ def clean(value, name, blank=False):
     are compared letter by letter, and predictions are printed: there they would do harm.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} should be text, is {type(value).__name__}")
+        raise TypeError(f"{name} should be text, is {value!r}")
     if len(value) > MAX_TEXT:
-        raise ValueError(f"{name} has {len(value):,} characters, more than {MAX_TEXT:,}")
+        raise ValueError(f"{name} has more than {MAX_TEXT:,} characters")
     if re.search("[\0\ud800-\udfff]", value):  # JSON can spell NUL and half a surrogate pair
         raise ValueError(f"{name} holds characters that are not text")
     line = " ".join(value.split())
@@ -1056,45 +1046,64 @@ def clean(value, name, blank=False):
     return line
 
 
+def text_of(row, *names, blank=False):
+    """The first of these columns that the row has, as text. blank: see clean()."""
+    name = present(row, *names)
+    return clean(row[name], name, blank)
+
+
 def name_of(row, *names):
     """An id or the name of a file: text or a whole number."""
-    value = column(row, *names)
-    return str(value) if type(value) is int else clean(value, names[0])
+    name = present(row, *names)
+    return str(row[name]) if type(row[name]) is int else clean(row[name], name)
 
 
 def whole(row, name, highest):
     """A whole number from 0 on. int() would also take True, 3.7 and '1_0': labels must be exact."""
-    value = number = column(row, name)
-    if isinstance(value, str) and re.fullmatch(" *[0-9]{1,9} *", value):
-        number = int(value)
-    if type(number) is not int or not 0 <= number <= highest:
-        raise ValueError(f"{name} should be a whole number from 0 to {highest}, is {value!r:.40}")
-    return number
+    value = column(row, name)
+    if not re.fullmatch(" *[0-9]{1,9} *", str(value)) or int(value) > highest:
+        raise ValueError(f"{name} should be a whole number from 0 to {highest}, is {value!r}")
+    return int(value)
 
 
 # -------------------------------------------------- what is asked: a row to fields of an Example
-def choice(row):
+CAPTION = ("caption", "sentence", "description", "phrase")
+
+
+def caption(row):
+    """Only text. Blank ones are left out later, and counted; a blank question is an error."""
+    return {"text": text_of(row, *CAPTION, blank=True)}
+
+
+def caption_choice(row):
     """The index of one of five options: columns a1 .. a5 of TGIF-QA, or a list."""
     if "a1" in row:
         options = [column(row, f"a{i}") for i in range(1, OPTIONS + 1)]
     else:
-        options = column(row, "options", kind=list)
+        options = column(row, "options", list)
     if len(options) != OPTIONS:
         raise ValueError(f"expected {OPTIONS} options, found {len(options)}")
     options = tuple(clean(option, f"option {i}") for i, option in enumerate(options, 1))
-    return {"options": options, "answer": whole(row, "answer", OPTIONS - 1)}
+    return {"text": "", "options": options, "answer": whole(row, "answer", OPTIONS - 1)}
+
+
+def choice(row):
+    """A question about the video, where MSRVTT-MC's captions ask nothing."""
+    return {**caption_choice(row), "text": text_of(row, "question")}
 
 
 def count(row):
-    return {"answer": whole(row, "answer", MAX_COUNT)}
+    """TGIF-QA's repetition count."""
+    return {"text": text_of(row, "question"), "answer": whole(row, "answer", MAX_COUNT)}
 
 
 def open_answer(row):
     """An answer in words. Its kind, for accuracies by kind: FrameQA's type, which the public files
     give as a number; where there is none, the question's first word (who, what, how, ...)."""
-    kind = name_of({"type": row["question"].split()[0].lower(), **row}, "answer_type", "type")
+    question = text_of(row, "question")
+    kind = name_of({"type": question.split()[0].lower(), **row}, "answer_type", "type")
     kind = {"0": "object", "1": "number", "2": "color", "3": "location"}.get(kind, kind)
-    return {"answer": clean(column(row, "answer"), "answer"), "kind": kind}
+    return {"text": question, "answer": text_of(row, "answer"), "kind": kind}
 
 
 def soft_answer(row):
@@ -1103,23 +1112,24 @@ def soft_answer(row):
     The reference's jsonl brings the scores, in `labels`, and not what people said.
     """
     kind = clean(row.get("answer_type") or "", "answer_type", blank=True)
+    question = {"text": text_of(row, "question"), "kind": kind}
     if "labels" in row:
-        labels = column(row, "labels", kind=dict)
+        labels = column(row, "labels", dict)
         if not all(type(n) in (int, float) and 0 <= n <= 1 for n in labels.values()):
             raise ValueError("labels should be {answer: score from 0 to 1}")
-        return {"answer": {clean(said, "an answer"): n for said, n in labels.items()}, "kind": kind}
-    given = column(row, "answers", kind=list)
+        return {**question, "answer": {clean(said, "an answer"): n for said, n in labels.items()}}
+    given = column(row, "answers", list)
     if len(given) != PEOPLE:
         raise ValueError(f"expected the answers of {PEOPLE} people, found {len(given)}")
     # intern: most are "yes" or "no", and four million copies of them would take space
-    people = tuple(sys.intern(clean(column(one, "answer"), "answer", blank=True)) for one in given)
+    people = tuple(sys.intern(text_of(one, "answer", blank=True)) for one in given)
     counts = Counter(map(normalize_answer, people))
     scores = {answer: min(n / 3, 1) for answer, n in counts.items() if answer}
-    return {"answer": scores, "kind": kind, "people": people}
+    return {**question, "answer": scores, "people": people}
 
 
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-NUMBERS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
+NUMBERS = "zero one two three four five six seven eight nine ten"
+NUMBERS = {word: str(i) for i, word in enumerate(NUMBERS.split())} | {"none": "0"}
 CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
     he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
@@ -1129,7 +1139,7 @@ CONTRACTIONS = """
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
     won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-CONTRACTIONS = {word.replace("'", ""): word for word in re.findall(r"\S+", CONTRACTIONS)}
+CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTIONS.split()}
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -1175,35 +1185,33 @@ def read_answer_list(folder):
         path, = find_files(folder, ["*ans2label*.json"])
     except NoAnnotations:
         return None
-    with complain(Place(path)):
+    with reading(path):
         labels = read_json(path)
         if not labels or sorted(labels.values()) != list(range(len(labels))):
-            raise ValueError(f"the labels of its {len(labels):,} answers should count up from 0, each used once")
+            raise ValueError("the labels should count up from 0, each used once")
     return sorted(labels, key=labels.get)
 
 
 # -------------------------------------------------- names to files
-COCO_PREFIX = r"^COCO_\w+_(?=\d{12}$)"  # in the photos' names of 2014, gone in 2017
+def media_key(name):
+    """A file's name without its suffix and without what COCO's names of 2014, not of 2017, begin with."""
+    stem, end = os.path.splitext(name)
+    stem = stem if end.lower() in MEDIA_SUFFIXES else name  # the dot of v.1 begins no suffix
+    return re.sub(r"^COCO_\w+_(?=\d{12}$)", "", stem)
 
 
-@functools.lru_cache(maxsize=64)  # a directory is listed once: VQA asks for 120,000 of its names
+@functools.cache  # a directory is listed once: VQA asks for 120,000 of its names
 def media_index(folder, parent):
-    """{name, stem or COCO number: paths} of the media in `parent`, below all PLACES.
-
-    The order is that of PLACES, then of the suffixes: a video goes before its thumbnail.
-    """
+    """{media_key: paths} of the files in `parent`, below all PLACES and in their order."""
     index = {}
-    for place in (os.path.join(folder, place, parent) for place in PLACES):
-        names = os.listdir(place) if os.path.isdir(place) else ()
-        parts = [(*os.path.splitext(name), name) for name in names]
-        known = [(MEDIA_SUFFIXES.index(end.lower()), stem, name) for stem, end, name in parts
-                 if end.lower() in MEDIA_SUFFIXES]  # fmt: skip
-        for _, stem, name in sorted(known):
-            for key in {name, stem, re.sub(COCO_PREFIX, "", stem)}:
-                index.setdefault(key, []).append(os.path.join(place, name))
+    for place in PLACES:
+        directory = Path(folder, place, parent)
+        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+            index.setdefault(media_key(name), []).append(directory / name)
     return index
 
 
+@functools.cache  # a video has many captions
 def find_media(folder, name):
     """The file that an annotation means by `name`, or None.
 
@@ -1212,28 +1220,25 @@ def find_media(folder, name):
     a drive, a link) is an error, or a page of answers could show what else is on this machine.
     """
     if re.search(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0", name):
-        raise DataError(f"{name[:200]!r}: a media name must stay inside the data folder {folder}")
+        raise DataError(f"{name!r:.200}: a media name must stay inside the data folder {folder}")
     parent, base = os.path.split(name)
-    stem, end = os.path.splitext(base)
-    kinds = next((kinds for kinds in (IMAGES, VIDEOS) if end.lower() in kinds), None)
-    stem = stem if kinds else base  # the dot of v.1 begins no suffix
+    suffixes = next((kind for kind in (IMAGES, VIDEOS) if base.lower().endswith(kind)), MEDIA_SUFFIXES)
     index = media_index(os.path.abspath(folder), parent)
-    for key in (base, stem, re.sub(COCO_PREFIX, "", stem)):
-        for path in map(Path, index.get(key, ())):
-            if path.is_file() and (not kinds or path.suffix.lower() in kinds):
-                if not path.resolve().is_relative_to(Path(folder).resolve()):
-                    raise DataError(f"{path}: a link out of the data folder {folder}; copy the file, "
-                                    "or give its real folder")  # fmt: skip
-                return path
-    return None
+    paths = index.get(media_key(base), []) + index.get(base, [])  # a.mov may be a.mov.mp4 now
+    paths = [path for path in paths if path.name.lower().endswith(suffixes) and path.is_file()]
+    # The very name, else a video before its thumbnail, else the first.
+    path = min(paths, key=lambda path: (path.name != base, path.suffix.lower() in IMAGES), default=None)
+    if path and not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise DataError(f"{path}: a link out of the data folder {folder}; copy the file, "
+                        "or give its real folder")  # fmt: skip
+    return path
 
 
 # -------------------------------------------------- rows to examples
 # What the layouts call the name of the video or image, and what a bare number there stands for.
-MEDIA = dict.fromkeys(("path", "gif_name", "clip_name", "video", "image", "file_name"), "{}")
-MEDIA |= {"video_id": "video{}", "vg_id": "{}.jpg", "image_id": "{:0>12}", "coco_id": "{:0>12}"}
-IDS = ("vid_id", "question_id", "sen_id", "region_id", "key", "id")
-CAPTION, QUESTION = ("caption", "sentence", "description", "phrase"), ("question",)
+MEDIA = {"path": "{}", "gif_name": "{}", "clip_name": "{}", "video": "{}", "image": "{}", "file_name": "{}",
+         "video_id": "video{}", "vg_id": "{}.jpg", "image_id": "{:0>12}", "coco_id": "{:0>12}"}  # fmt: skip
+IDS = ("vid_id", "question_id", "sen_id", "region_id", "key", "id", "place")  # place: for want of one
 
 
 class Layout(NamedTuple):
@@ -1242,8 +1247,7 @@ class Layout(NamedTuple):
     files: tuple  # patterns for `find_files`, public names first; {split}: train, {Split}: Train
     toy: str  # which part of the toy data has this layout
     text_length: int  # Lt at most, [CLS] and [SEP] included
-    text: tuple = CAPTION  # columns that may hold it; none: MSRVTT-MC asks nothing
-    asked: object = lambda row: {}  # row -> options, answer, kind of its Example; a caption: none
+    asked: object = caption  # row -> text, options, answer, kind of its Example
     top_answers: int | None = None  # open-ended: only the most frequent of training (None: all)
     stills: bool = False  # are images, without motion, what belongs there?
     paragraphs: bool = False  # are all sentences about a video one text?
@@ -1256,7 +1260,10 @@ class Layout(NamedTuple):
         """The examples of a split. Pretraining can do without val and test."""
         if self.training and split != "test":
             return LAYOUTS[self.training].read(folder, split)
+        if fault := no_folder(folder):
+            raise DataError(f"--data {fault}")
         media_index.cache_clear()  # files may have come or gone since the last reading
+        find_media.cache_clear()
         names = (self.instead or {}).get(split, [split])
         patterns = [pattern.format(split=name, Split=name.title())
                     for name in names for pattern in self.files]  # fmt: skip
@@ -1278,66 +1285,58 @@ def read_examples(task, folders, split):
     """The examples of a task's split, from one folder or several, each with its media's path."""
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     layout = LAYOUTS[ALIASES.get(task, task)]
-    for folder in folders:
-        if fault := no_folder(folder):
-            raise DataError(f"--data {fault}")
     return [example for folder in folders for example in layout.read(folder, split)]
 
 
 def read_file(layout, folder, path, split):
     """The examples of one annotation file, and of what stands beside it (VQA's questions, ...)."""
-    place, found, one = Place(path), {}, layout.one_caption and split == "test"
-    # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.
-    find = functools.cache(lambda name: find_media(folder, name) or find_media(path.parent, name))
+    found, alone = {}, layout.one_caption and split == "test"
     read = msrvtt_rows if path.match("MSRVTT_*.[79]k*.csv") else read_rows
-    with complain(place):
-        for row in read(place, path):
-            if layout.all_files and split not in splits_of(row, path):
-                continue
-            for example in make_examples(row, layout, place, find):
-                # Kept under the video's name where its captions are joined (paragraphs) or must
-                # be alone (one_caption), else under a number.
-                key = example.video if one or layout.paragraphs else len(found)
-                if key in found and one:
-                    raise ValueError(f"a second caption of {key[:80]!r}; in testing it has one")
-                if key in found:
-                    text = clean(f"{found[key].text} {example.text}", "the paragraph", blank=True)
-                    example = example._replace(text=text)
-                found[key] = example
+    with reading(path) as place:
+        rows = read(place, path)
+        for row in captions_of(rows, path, split) if layout.all_files else rows:
+            example = make_example(row, layout, place, folder)
+            # Kept under the video's name where a video's captions are joined or it has only one,
+            # else under a number.
+            key = example.video if alone or layout.paragraphs else len(found)
+            if key in found and alone:
+                raise ValueError(f"a second caption of {key!r}; in testing it has one")
+            if key in found:
+                example = example._replace(text=f"{found[key].text} {example.text}".strip())
+            found[key] = example
     examples = [example for example in found.values() if example.text or example.options]
     if blank := len(found) - len(examples):  # one caption in millions: no reason to stop
-        print(f"note: {path}: left out {blank:,} of {len(found):,} captions, which are blank",
-              file=sys.stderr)  # fmt: skip
+        print(f"note: {path}: left out {blank:,} blank captions", file=sys.stderr)
     return examples
 
 
-def splits_of(row, path):
-    """The split of a caption: what its row says (in MSRVTT's json), else its file's name, else train."""
-    if "split" in row:
-        return ["val"] if row["split"] == "validate" else [row["split"]]
-    return re.findall("train|val|test", path.stem.lower()) or ["train"]
+def captions_of(rows, path, split):
+    """For pretraining, which reads whole folders: a row for each caption of a split.
 
-
-def make_examples(row, layout, place, find):
-    """The example of a row; in pretraining, of a row with a list of captions, one for each.
-
-    find: the name of a video or image -> its file, or None. This is where an example gets its path.
+    The split is what the row says (in MSRVTT's json), else what the file's name does, else train.
+    Some rows have a list of captions.
     """
-    said = column(row, *layout.text) if layout.text else ""
-    named = next((name for name in MEDIA if row.get(name) is not None), None)
-    if named is None:
-        raise ValueError(f"no column names the video; it has {', '.join(row)[:200]!r}")
+    splits_of_file = re.findall("train|val|test", path.stem.lower()) or ["train"]
+    for row in rows:
+        splits = re.findall("train|val|test", row["split"]) if "split" in row else splits_of_file
+        if split in splits:
+            name = present(row, *CAPTION)
+            texts = row[name] if isinstance(row[name], list) else [row[name]]
+            yield from ({**row, name: text} for text in texts)
+
+
+def make_example(row, layout, place, folder):
+    """This is where an example gets its video's path, or None: it is missing."""
+    named = present(row, *MEDIA)
     video = name_of(row, named)
     video = MEDIA[named].format(video) if video.isdigit() else video
-    path = find(video)
-    name = str(place.row) if row.keys().isdisjoint(IDS) else name_of(row, *IDS)
+    name = name_of({"place": place.row, **row}, *IDS)
     if layout.all_files:  # ids repeat from one file to the next
         name = f"{place.path.stem}/{name}"
+    # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.
+    path = find_media(folder, video) or find_media(place.path.parent, video)
     name = video if layout.paragraphs else name
-    for text in said if layout.all_files and isinstance(said, list) else [said]:
-        # A blank caption is left out later, and counted; a blank question is an error.
-        text = clean(text, " or ".join(layout.text), blank=layout.text != QUESTION)
-        yield Example(name, video, text, path=path and str(path), **layout.asked(row))
+    return Example(name, video, path=path and str(path), **layout.asked(row))
 
 
 # -------------------------------------------------- the table: tasks to layouts
@@ -1346,7 +1345,7 @@ LAYOUTS = {
     # Answer counts are the reference's: 3,129 for VQA, 1,500 for MSRVTT-QA.
     **{f"tgif_qa_{kind}": Layout(
         (f"{{Split}}_{kind}_question*.csv", f"*{kind}*{{split}}*.jsonl",
-         f"*{{split}}*{kind}*.jsonl", f"{kind}/*{{split}}*.jsonl"), "tgif_qa", 25, QUESTION, asked)
+         f"*{{split}}*{kind}*.jsonl", f"{kind}/*{{split}}*.jsonl"), "tgif_qa", 25, asked)
        for kind, asked in (("action", choice), ("transition", choice), ("frameqa", open_answer),
                            ("count", count))},
     # 1k-A: train on the 9k (or 7k) listed videos, 20 captions each; test on 1,000 videos with ONE
@@ -1360,14 +1359,14 @@ LAYOUTS = {
         ("{split}.*json", "{split}*.csv", *OWN), "msrvtt", 100, paragraphs=True,
         instead={"val": ("val_1", "val1", "val"), "test": ("val_1", "val1", "test", "val")}),
     "msrvtt_qa": Layout(
-        ("{split}_qa*.json", "*qa*{split}*.jsonl", *OWN), "msrvtt", 100, QUESTION, open_answer,
+        ("{split}_qa*.json", "*qa*{split}*.jsonl", *OWN), "msrvtt", 100, open_answer,
         top_answers=1500),
     # Which of five captions belongs to the video? No training: a retrieval model scores them.
     "msrvtt_mc": Layout(
-        ("*mc*{split}*.jsonl", "*{split}*.jsonl"), "msrvtt", 20, (), choice, training="msrvtt_retrieval"),
+        ("*mc*{split}*.jsonl", "*{split}*.jsonl"), "msrvtt", 20, caption_choice, training="msrvtt_retrieval"),
     "vqa": Layout(
         ("*{split}*annotations*.json", "*annotations*{split}*.json", "*{split}*.jsonl"), "vqa", 20,
-        QUESTION, soft_answer, top_answers=3129, stills=True, instead={"test": ("test", "val")}),
+        soft_answer, top_answers=3129, stills=True, instead={"test": ("test", "val")}),
     # COCO, MSRVTT and Visual Genome by their public names; where there are none, all tables.
     "pretrain": Layout(
         ("*caption[s_]*.json|MSRVTT_data*.json|*videodatainfo*.json|*region_descriptions*.json",
