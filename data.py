@@ -233,6 +233,8 @@ class ClipDataset(torch.utils.data.Dataset):
         """s: settings (frames, fps, size, seed, blind, cache). n_clips: N. draw: CaptionDraw."""
         self.examples, self.s, self.n_clips = examples, s, n_clips
         self.train, self.draw = train, draw
+        # what is seen of a video that is not: zeros, as the padding of frames
+        self.black = torch.zeros(n_clips, s.frames, 3, s.size, s.size, dtype=torch.uint8)
 
     def __len__(self):
         return len(self.examples)
@@ -243,21 +245,21 @@ class ClipDataset(torch.utils.data.Dataset):
         With draw also "target", the captions' labels, and "generator", for the words to mask.
         """
         epoch, index = key
-        generator, unreadable = generator_of(self.s.seed, "clips", epoch, index), []
+        generator = generator_of(self.s.seed, "clips", epoch, index)
+        unreadable = []
         # In training an unreadable video is replaced by the next example's. Twenty in a row are no
         # accident: the data are not where they should be.
-        for attempt in range(20):
+        for attempt in range(20 if self.train else 1):
             example = self.examples[(index + attempt) % len(self)]
             try:
                 frames = self.read(example, generator)
                 break
             except DataError as error:
                 unreadable.append(str(error))
-                if not self.train:  # in evaluation it counts as wrong, whatever is said of black
-                    frames = self.black()
-                    break
         else:
-            raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
+            if self.train:
+                raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
+            frames = self.black  # in evaluation it counts as wrong, whatever is said of black
         item = {"example": example, "frames": frames, "texts": input_texts(example),
                 "unreadable": unreadable}  # fmt: skip
         if self.draw:  # the generator's later numbers choose the words to mask
@@ -269,16 +271,11 @@ class ClipDataset(torch.utils.data.Dataset):
         """Its clips (N, T, 3, L, L); with --blind none is even opened."""
         s = self.s
         if s.blind:
-            return self.black()
+            return self.black
         if example.path is None:
             raise DataError(f"{example.video}: no such video")
         return read_clips(example.path, self.n_clips, s.frames, s.fps, s.size, self.train,
                           generator, s.cache)  # fmt: skip
-
-    def black(self):
-        """What is seen of a video that is not: zeros, as the padding of frames."""
-        shape = self.n_clips, self.s.frames, 3, self.s.size, self.s.size
-        return torch.zeros(shape, dtype=torch.uint8)
 
 
 def training_order(n_examples, batch_size, n_batches, seed, start=0):
@@ -322,26 +319,27 @@ class Collator:
         self.labels = {answer: i for i, answer in enumerate(answers or [])}
 
     def __call__(self, items):
-        texts = [text for item in items for text in item["texts"]]
-        ids = self.tokenizer(texts, truncation=True, max_length=self.text_length)["input_ids"]
-        ids = [torch.tensor(row) for row in ids]  # (length of its text,) each
+        ids, mlm_labels, target = [], [], []
+        for item in items:
+            tokens = self.tokenizer(item["texts"], truncation=True, max_length=self.text_length)
+            for row in map(torch.tensor, tokens["input_ids"]):  # (length of its text,)
+                if self.mask_rate:  # before padding: masks must not depend on a batch's other texts
+                    row, label = mask_tokens(row, self.tokenizer, item["generator"], self.mask_rate)
+                    mlm_labels.append(label)
+                ids.append(row)
+            target += item.get("target", [self.target(item["example"])])
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         batch = {
             "frames": torch.stack([item["frames"] for item in items]),
+            "input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
             "attention_mask": pad([torch.ones_like(row) for row in ids]),
-            "target": torch.tensor(
-                [t for item in items for t in item.get("target", [self.target(item["example"])])]
-            ),
+            "target": torch.tensor(target),
             "examples": [item["example"] for item in items],
             "unreadable": [item["unreadable"] for item in items],
         }
-        if self.mask_rate:  # before padding: masks must not depend on a batch's other texts
-            generators = [item["generator"] for item in items for _ in item["texts"]]
-            masked = [mask_tokens(row, self.tokenizer, generator, self.mask_rate)
-                      for row, generator in zip(ids, generators, strict=True)]  # fmt: skip
-            ids, labels = zip(*masked, strict=True)
-            batch["mlm_labels"] = pad(labels, padding_value=-100)
-        return batch | {"input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id)}
+        if mlm_labels:
+            batch["mlm_labels"] = pad(mlm_labels, padding_value=-100)
+        return batch
 
     def target(self, example):
         """What the loss wants: an option's index, an answer's label, all soft scores, a count."""
@@ -382,11 +380,20 @@ def caption_groups(examples, n):
     An epoch shows every caption once, an image as often as it has groups: of 5 captions with n = 2,
     3 times. A caption that stands twice under an image counts once.
     """
-    captions = {}
+    images = {}
     for example in examples:
-        captions.setdefault(example.video, (example, {}))[1][example.text] = None
-    return [example._replace(captions=tuple(texts)[i : i + n])
-            for example, texts in captions.values() for i in range(0, len(texts), n)]  # fmt: skip
+        images.setdefault(example.video, []).append(example)
+    groups = []
+    for same in images.values():
+        captions = tuple(dict.fromkeys(example.text for example in same))  # each once, in order
+        groups += [same[0]._replace(captions=captions[i : i + n])
+                   for i in range(0, len(captions), n)]  # fmt: skip
+    return groups
+
+
+def captions_of(example):
+    """Those that are shown together; in retrieval the one that is its text."""
+    return example.captions or (example.text,)
 
 
 class CaptionDraw:
@@ -402,26 +409,24 @@ class CaptionDraw:
         # {video: everything said about it}: a caption of two videos is no mismatch for either
         self.own = {}
         for example in examples:
-            said = example.captions or (example.text,)
-            self.own.setdefault(example.video, set()).update(text.lower() for text in said)
+            said = {text.lower() for text in captions_of(example)}
+            self.own.setdefault(example.video, set()).update(said)
 
     def __call__(self, example, generator):
         """-> n captions, n labels: 1 the video's own, 0 another's. Too few own ones repeat."""
-        own = example.captions or (example.text,)
+        own = captions_of(example)
         order = torch.randperm(len(own), generator=generator).tolist()
-        texts = [own[order[i % len(own)]] for i in range(self.n)]
         coin = torch.randint(2, (), generator=generator).item()
         labels = [(i + coin) % 2 for i in range(self.n)]
-        for i, label in enumerate(labels):
-            if not label:
-                texts[i] = self.mismatch(example, generator)
+        texts = [own[order[i % len(own)]] if match else self.mismatch(example, generator)
+                 for i, match in enumerate(labels)]  # fmt: skip
         return texts, labels
 
     def mismatch(self, example, generator):
         """A caption of another video, drawn at random until it is none that is said of this one."""
         for _ in range(100):  # there are none left only if all captions are alike
             other = self.examples[torch.randint(len(self.examples), (), generator=generator)]
-            captions = other.captions or (other.text,)
+            captions = captions_of(other)
             caption = captions[torch.randint(len(captions), (), generator=generator)]
             if caption.lower() not in self.own[example.video]:
                 return caption
