@@ -233,8 +233,6 @@ class ClipDataset(torch.utils.data.Dataset):
         """s: settings (frames, fps, size, seed, blind, cache). n_clips: N. draw: CaptionDraw."""
         self.examples, self.s, self.n_clips = examples, s, n_clips
         self.train, self.draw = train, draw
-        # what is seen of a video that is not: zeros, as the padding of frames
-        self.black = torch.zeros(n_clips, s.frames, 3, s.size, s.size, dtype=torch.uint8)
 
     def __len__(self):
         return len(self.examples)
@@ -259,7 +257,7 @@ class ClipDataset(torch.utils.data.Dataset):
         else:
             if self.train:
                 raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
-            frames = self.black  # in evaluation it counts as wrong, whatever is said of black
+            frames = self.black()  # in evaluation it counts as wrong, whatever is said of black
         item = {"example": example, "frames": frames, "texts": input_texts(example),
                 "unreadable": unreadable}  # fmt: skip
         if self.draw:  # the generator's later numbers choose the words to mask
@@ -271,11 +269,16 @@ class ClipDataset(torch.utils.data.Dataset):
         """Its clips (N, T, 3, L, L); with --blind none is even opened."""
         s = self.s
         if s.blind:
-            return self.black
+            return self.black()
         if example.path is None:
             raise DataError(f"{example.video}: no such video")
         return read_clips(example.path, self.n_clips, s.frames, s.fps, s.size, self.train,
                           generator, s.cache)  # fmt: skip
+
+    def black(self):
+        """What is seen of a video that is not: zeros, as the padding of frames."""
+        shape = self.n_clips, self.s.frames, 3, self.s.size, self.s.size
+        return torch.zeros(shape, dtype=torch.uint8)
 
 
 def training_order(n_examples, batch_size, n_batches, seed, start=0):
