@@ -2030,18 +2030,10 @@ REMARKS = {
 
 
 def check(layout, folder, text_length):
-    """-> {split: examples}; {(one of FAULTS or REMARKS, split): lines, each with a video or example}."""
-    splits, found = {}, {}
-    for split in ("train", "val", "test"):
-        try:
-            splits[split] = layout.read(folder, split)
-        except DataError as error:
-            if split != "val" or not isinstance(error, NoAnnotations):  # not every data set has a validation split
-                found["annotations unreadable", split] = [str(error)]
-    if splits.get("val") == splits.get("test"):
-        splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
-    # Each file once, whichever examples have it, and eight at a time: opening them takes the time, and more would only
-    # wait for the disk. On a terminal there is a bar (disable=None).
+    """-> {split: examples}; {(one of FAULTS or REMARKS, split): a line for each video or example}."""
+    splits, found = read_splits(layout, folder)
+    # Each file once, whichever examples have it: opening them takes the time. Eight at once: more would only wait for
+    # the disk. disable=None: a bar on a terminal, nothing in a file.
     paths = sorted({e.path for examples in splits.values() for e in examples if e.path})
     faults = process_map(check_file, paths, max_workers=8, chunksize=8, disable=None)
     faults = dict(zip(paths, faults, strict=True))
@@ -2054,8 +2046,22 @@ def check(layout, folder, text_length):
     return splits, found
 
 
+def read_splits(layout, folder):
+    """-> {split: examples}, as far as annotations can be read; what is wrong with the others, as in `check`."""
+    splits, found = {}, {}
+    for split in ("train", "val", "test"):
+        try:
+            splits[split] = layout.read(folder, split)
+        except DataError as error:
+            if split != "val" or not isinstance(error, NoAnnotations):  # not every data set has a validation split
+                found["annotations unreadable", split] = [str(error)]
+    if splits.get("val") == splits.get("test"):
+        splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
+    return splits, found
+
+
 def check_file(path):
-    """-> (finding, line), if a file is not as it should be. Images need no motion."""
+    """-> (finding, line), if a video or image is not as it should be, else None."""
     try:
         if probe(path).num_frames == 1 and path.lower().endswith(VIDEOS):
             return "videos without motion", path
@@ -2067,7 +2073,7 @@ def check_file(path):
 def check_videos(examples, faults, known):
     """Yield (finding, line) of the videos of a split, each once. faults: of files; known: the videos of training."""
     for video, path in {e.video: e.path for e in examples}.items():
-        if path is None:
+        if not path:
             yield "videos missing", video
         elif faults[path]:
             yield faults[path]
@@ -2178,8 +2184,8 @@ def parse_command(arguments):
     cache.numbers("--size", low=16, high=6400, default=448, help="as in training (default: 448)")
     cache.numbers("--workers", high=256, default=os.cpu_count(), help="videos at once (default: one a core)")
 
-    # By default what the paper's model sees: 448 pixels, clips of two frames, half a second apart.
-    show = commands.add_parser("show", description="Draw a video's clips and frames.")
+    show = commands.add_parser("show", description="Draw a video's clips and frames. By default as the paper's model "
+                               "sees them: 448 pixels, clips of two frames, half a second apart.")  # fmt: skip
     show.add_argument("video", type=Path)
     show.numbers("--clips", high=64, default=4)
     show.numbers("--frames", high=64, default=2)
@@ -2208,7 +2214,7 @@ def run_check(task, folder, text_length):
 
 
 def run_command(args):
-    """Do what a command says; -> the exit code."""
+    """Do what a command says. -> The exit code."""
     if args.command == "check":
         return run_check(args.task, args.data, args.text_length)
     if args.command == "toy":
