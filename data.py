@@ -2012,15 +2012,18 @@ def colors(values, top):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Is the data whole? `python data.py check`
+#
+# Broken data do not always stop a run: it may go on for hours, and end in a number that means nothing. So `check` reads
+# before it all that a run would read: annotations in full, of videos and images what `probe` wants to know.
 
-# All that `check` looks for, and what to do about it. What is to be mended before a run:
+# What it looks for, and what to do about it. To be mended before a run, which would stop or be worth little:
 FAULTS = {
     "annotations unreadable": "mend the file that is named, or put it there",
     "videos missing": "put them there; or, if some are, --allow_missing: left out in training, wrong in testing",
     "videos unreadable": "download them again, or remove them: training gives up at 20 in a row, testing counts them "
                          "as wrong",
 }  # fmt: skip
-# ... and what is perhaps meant to be so:
+# ... and to be known, as it may be meant:
 REMARKS = {
     "videos without motion": "a single frame, often a placeholder for a deleted video: download them again",
     "videos also in train": "a model may remember them: the results would be too good",
@@ -2030,7 +2033,11 @@ REMARKS = {
 
 
 def check(layout, folder, text_length):
-    """-> {split: examples}; {(one of FAULTS or REMARKS, split): a line for each video or example}."""
+    """What a data set has, and what is wrong with it.
+
+    -> {split: examples}; {(finding, split): a line for each video or example}, with one of FAULTS or REMARKS as the
+    finding. A split whose annotations cannot be read has no examples, but a finding.
+    """
     splits, found = read_splits(layout, folder)
     # Each file once, whichever examples have it: opening them takes the time. Eight at once: more would only wait for
     # the disk. disable=None: a bar on a terminal, nothing in a file.
@@ -2047,7 +2054,7 @@ def check(layout, folder, text_length):
 
 
 def read_splits(layout, folder):
-    """-> {split: examples}, as far as annotations can be read; what is wrong with the others, as in `check`."""
+    """-> the splits whose annotations can be read; what is wrong with the others, both as in `check`."""
     splits, found = {}, {}
     for split in ("train", "val", "test"):
         try:
@@ -2061,7 +2068,10 @@ def read_splits(layout, folder):
 
 
 def check_file(path):
-    """-> (finding, line), if a video or image is not as it should be, else None."""
+    """-> (finding, line), if a video or image is not as it should be, else None.
+
+    `probe` lists a video's frames without decoding them, so damage inside a frame shows in a run only.
+    """
     try:
         if probe(path).num_frames == 1 and path.lower().endswith(VIDEOS):
             return "videos without motion", path
@@ -2071,7 +2081,10 @@ def check_file(path):
 
 
 def check_videos(examples, faults, known):
-    """Yield (finding, line) of the videos of a split, each once. faults: of files; known: the videos of training."""
+    """Yield (finding, line) of the videos of a split, each once, though it may have many questions.
+
+    faults: {path: what `check_file` says}. known: the videos of training; for training itself, none.
+    """
     for video, path in {e.video: e.path for e in examples}.items():
         if not path:
             yield "videos missing", video
@@ -2100,7 +2113,10 @@ def check_rows(examples, text_length):
 
 
 def print_check(splits, found):
-    """How much each split has; the first three of each finding, and what to do about it. -> Is there a fault?"""
+    """How much each split has; the first three of each finding, and what to do about it.
+
+    -> Is there a fault, so that something should be mended before a run?
+    """
     for split, examples in splits.items():
         print(f"{split:6} {len(examples):,} examples, {len({e.video for e in examples}):,} videos")
     for (what, split), lines in found.items():
@@ -2119,19 +2135,18 @@ def print_check(splits, found):
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes end in one line.
 
-    It has no list of all flags, which would hide what is wrong, but the word that was perhaps
-    meant.
+    It has no list of all flags, which would hide what is wrong, but the word that was perhaps meant. A command's own
+    parser (`parse_command`) is one of these, too: argparse sees to that.
     """
 
     def __init__(self, **options):
-        # No abbreviations: a shortened flag would change its meaning with the next flag that
-        # begins alike.
+        # No abbreviations: a shortened flag would change its meaning with the next flag that begins alike.
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def error(self, message):
-        # argparse says what it did not understand, and behind a wrong choice what it would have;
-        # of flags, its usage lists all.
+        # argparse says what it did not understand, and behind a wrong choice what it would have; of flags, its usage
+        # lists all. A message may quote what was typed, line ends included.
         message = " ".join(message.split())
         if wrong := re.search(r"(?:unrecognized arguments|invalid choice): '?([\w-]+)", message):
             known = message.partition("choose from")[2] or self.format_usage()
@@ -2142,8 +2157,10 @@ class Parser(argparse.ArgumentParser):
     def numbers(self, flag, kind=int, low=1, high=10**9, **options):
         """A flag that takes a number from low to high, or several.
 
-        nan is in no range: each comparison with it is false. And inf is above all of them. So what
-        the scripts compute with is a number, whatever was typed.
+        nan is in no range: each comparison with it is false. And inf is above all of them. So what the scripts compute
+        with is a number, whatever was typed. The ranges are wide; they keep out what no machine can hold.
+
+        kind: int or float. options: of argparse's add_argument; with nargs each of several numbers is looked at.
         """
 
         def number(text):
@@ -2165,7 +2182,10 @@ def folder(text):
 
 
 def parse_command(arguments):
-    """A command and its flags. The ranges are wide; they keep out what no machine can hold."""
+    """-> The command and the values of its flags, by name; sys.argv's, if `arguments` is None.
+
+    Each command has a parser of its own, so `toy --task` is an error and `check --help` says what `check` can be told.
+    """
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -2179,7 +2199,8 @@ def parse_command(arguments):
 
     cache = commands.add_parser("cache", description="Decode each video once, into small files for --cache.")
     cache.add_argument("--data", type=folder, required=True, help="the data set's folder")
-    # Four a second: a frame is then at most 1/8 s away from the one that a clip asks for.
+    # Four a second: a frame is then at most 1/8 s away from the one that a clip asks for. At most 6,400 pixels: the
+    # largest grid of the base model.
     cache.numbers("--fps", float, 0.01, 1000, default=4.0, help="frames kept of each second (default: 4)")
     cache.numbers("--size", low=16, high=6400, default=448, help="as in training (default: 448)")
     cache.numbers("--workers", high=256, default=os.cpu_count(), help="videos at once (default: one a core)")
@@ -2194,8 +2215,9 @@ def parse_command(arguments):
     show.numbers("--seed", low=0, help="random clips, as in training, of this seed (default: uniform ones)")
     show.add_argument("--out", type=Path, default="sheet.png")
 
+    # By parse_args, the outer parser would complain of what is unknown; the command's own knows which flag was meant.
     args, unknown = parser.parse_known_args(arguments)
-    if unknown:  # the command's own parser knows which flag was perhaps meant
+    if unknown:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
@@ -2214,7 +2236,7 @@ def run_check(task, folder, text_length):
 
 
 def run_command(args):
-    """Do what a command says. -> The exit code."""
+    """Do what a command says, with what `parse_command` returns. -> The exit code."""
     if args.command == "check":
         return run_check(args.task, args.data, args.text_length)
     if args.command == "toy":
@@ -2231,8 +2253,8 @@ def run_command(args):
 def main(arguments=None):
     """Run a command: the one place where an error becomes a line.
 
-    A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import.
-    What is no mistake of the user's, but ours, keeps its traceback.
+    A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import. What is no mistake
+    of the user's, but ours, keeps its traceback. Exit code 1 is `check`'s, 0 says that all is well.
     """
     args = parse_command(arguments)
     try:
