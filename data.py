@@ -59,6 +59,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 from transformers import BertTokenizer
 from transformers.utils import cached_file
 
@@ -244,21 +245,21 @@ class ClipDataset(torch.utils.data.Dataset):
         With draw also "target", the captions' labels, and "generator", for the words to mask.
         """
         epoch, index = key
-        generator, unreadable = generator_of(self.s.seed, "clips", epoch, index), []
+        generator = generator_of(self.s.seed, "clips", epoch, index)
+        unreadable = []
         # In training an unreadable video is replaced by the next example's. Twenty in a row are no
         # accident: the data are not where they should be.
-        for attempt in range(20):
+        for attempt in range(20 if self.train else 1):
             example = self.examples[(index + attempt) % len(self)]
             try:
                 frames = self.read(example, generator)
                 break
             except DataError as error:
                 unreadable.append(str(error))
-                if not self.train:  # in evaluation it counts as wrong, whatever is said of black
-                    frames = self.black()
-                    break
         else:
-            raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
+            if self.train:
+                raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
+            frames = self.black()  # in evaluation it counts as wrong, whatever is said of black
         item = {"example": example, "frames": frames, "texts": input_texts(example),
                 "unreadable": unreadable}  # fmt: skip
         if self.draw:  # the generator's later numbers choose the words to mask
@@ -323,26 +324,27 @@ class Collator:
         self.labels = {answer: i for i, answer in enumerate(answers or [])}
 
     def __call__(self, items):
-        texts = [text for item in items for text in item["texts"]]
-        ids = self.tokenizer(texts, truncation=True, max_length=self.text_length)["input_ids"]
-        ids = [torch.tensor(row) for row in ids]  # (length of its text,) each
+        ids, mlm_labels, target = [], [], []
+        for item in items:
+            tokens = self.tokenizer(item["texts"], truncation=True, max_length=self.text_length)
+            for row in map(torch.tensor, tokens["input_ids"]):  # (length of its text,)
+                if self.mask_rate:  # before padding: masks must not depend on a batch's other texts
+                    row, label = mask_tokens(row, self.tokenizer, item["generator"], self.mask_rate)
+                    mlm_labels.append(label)
+                ids.append(row)
+            target += item.get("target", [self.target(item["example"])])
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         batch = {
             "frames": torch.stack([item["frames"] for item in items]),
+            "input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
             "attention_mask": pad([torch.ones_like(row) for row in ids]),
-            "target": torch.tensor(
-                [t for item in items for t in item.get("target", [self.target(item["example"])])]
-            ),
+            "target": torch.tensor(target),
             "examples": [item["example"] for item in items],
             "unreadable": [item["unreadable"] for item in items],
         }
-        if self.mask_rate:  # before padding: masks must not depend on a batch's other texts
-            generators = [item["generator"] for item in items for _ in item["texts"]]
-            masked = [mask_tokens(row, self.tokenizer, generator, self.mask_rate)
-                      for row, generator in zip(ids, generators, strict=True)]  # fmt: skip
-            ids, labels = zip(*masked, strict=True)
-            batch["mlm_labels"] = pad(labels, padding_value=-100)
-        return batch | {"input_ids": pad(ids, padding_value=self.tokenizer.pad_token_id)}
+        if mlm_labels:
+            batch["mlm_labels"] = pad(mlm_labels, padding_value=-100)
+        return batch
 
     def target(self, example):
         """What the loss wants: an option's index, an answer's label, all soft scores, a count."""
@@ -383,11 +385,20 @@ def caption_groups(examples, n):
     An epoch shows every caption once, an image as often as it has groups: of 5 captions with n = 2,
     3 times. A caption that stands twice under an image counts once.
     """
-    captions = {}
+    images = {}
     for example in examples:
-        captions.setdefault(example.video, (example, {}))[1][example.text] = None
-    return [example._replace(captions=tuple(texts)[i : i + n])
-            for example, texts in captions.values() for i in range(0, len(texts), n)]  # fmt: skip
+        images.setdefault(example.video, []).append(example)
+    groups = []
+    for same in images.values():
+        captions = tuple(dict.fromkeys(example.text for example in same))  # each once, in order
+        groups += [same[0]._replace(captions=captions[i : i + n])
+                   for i in range(0, len(captions), n)]  # fmt: skip
+    return groups
+
+
+def captions_of(example):
+    """Those that are shown together; in retrieval the one that is its text."""
+    return example.captions or (example.text,)
 
 
 class CaptionDraw:
@@ -403,26 +414,24 @@ class CaptionDraw:
         # {video: everything said about it}: a caption of two videos is no mismatch for either
         self.own = {}
         for example in examples:
-            said = example.captions or (example.text,)
-            self.own.setdefault(example.video, set()).update(text.lower() for text in said)
+            said = {text.lower() for text in captions_of(example)}
+            self.own.setdefault(example.video, set()).update(said)
 
     def __call__(self, example, generator):
         """-> n captions, n labels: 1 the video's own, 0 another's. Too few own ones repeat."""
-        own = example.captions or (example.text,)
+        own = captions_of(example)
         order = torch.randperm(len(own), generator=generator).tolist()
-        texts = [own[order[i % len(own)]] for i in range(self.n)]
         coin = torch.randint(2, (), generator=generator).item()
         labels = [(i + coin) % 2 for i in range(self.n)]
-        for i, label in enumerate(labels):
-            if not label:
-                texts[i] = self.mismatch(example, generator)
+        texts = [own[order[i % len(own)]] if match else self.mismatch(example, generator)
+                 for i, match in enumerate(labels)]  # fmt: skip
         return texts, labels
 
     def mismatch(self, example, generator):
         """A caption of another video, drawn at random until it is none that is said of this one."""
         for _ in range(100):  # there are none left only if all captions are alike
             other = self.examples[torch.randint(len(self.examples), (), generator=generator)]
-            captions = other.captions or (other.text,)
+            captions = captions_of(other)
             caption = captions[torch.randint(len(captions), (), generator=generator)]
             if caption.lower() not in self.own[example.video]:
                 return caption
@@ -1249,7 +1258,6 @@ class Layout(NamedTuple):
     text_length: int  # Lt at most, [CLS] and [SEP] included
     asked: object = caption  # row -> text, options, answer, kind of its Example
     top_answers: int | None = None  # open-ended: only the most frequent of training (None: all)
-    stills: bool = False  # are images, without motion, what belongs there?
     paragraphs: bool = False  # are all sentences about a video one text?
     one_caption: bool = False  # a test video has one: R@1 among 20 of them is another figure
     all_files: bool = False  # pretraining: captions come from all files that fit
@@ -1294,7 +1302,7 @@ def read_file(layout, folder, path, split):
     read = msrvtt_rows if path.match("MSRVTT_*.[79]k*.csv") else read_rows
     with reading(path) as place:
         rows = read(place, path)
-        for row in captions_of(rows, path, split) if layout.all_files else rows:
+        for row in caption_rows(rows, path, split) if layout.all_files else rows:
             example = make_example(row, layout, place, folder)
             # Kept under the video's name where a video's captions are joined or it has only one,
             # else under a number.
@@ -1310,7 +1318,7 @@ def read_file(layout, folder, path, split):
     return examples
 
 
-def captions_of(rows, path, split):
+def caption_rows(rows, path, split):
     """For pretraining, which reads whole folders: a row for each caption of a split.
 
     The split is what the row says (in MSRVTT's json), else what the file's name does, else train.
@@ -1366,12 +1374,12 @@ LAYOUTS = {
         ("*mc*{split}*.jsonl", "*{split}*.jsonl"), "msrvtt", 20, caption_choice, training="msrvtt_retrieval"),
     "vqa": Layout(
         ("*{split}*annotations*.json", "*annotations*{split}*.json", "*{split}*.jsonl"), "vqa", 20,
-        soft_answer, top_answers=3129, stills=True, instead={"test": ("test", "val")}),
+        soft_answer, top_answers=3129, instead={"test": ("test", "val")}),
     # COCO, MSRVTT and Visual Genome by their public names; where there are none, all tables.
     "pretrain": Layout(
         ("*caption[s_]*.json|MSRVTT_data*.json|*videodatainfo*.json|*region_descriptions*.json",
          "*.csv|*.tsv|*.jsonl"),
-        "coco_captions", 30, stills=True, all_files=True),
+        "coco_captions", 30, all_files=True),
 }  # fmt: skip
 # One's own questions are read, and cut, as MSRVTT-QA's. A limit of 100 tokens costs short ones
 # nothing, as a batch is only as long as its longest text.
@@ -1970,14 +1978,19 @@ def colors(values, top):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Is the data whole? `python data.py check`
+#
+# Broken data do not always stop a run: it may go on for hours, and end in a number that means nothing. So `check` reads
+# before it all that a run would read: annotations in full, of videos and images what `probe` wants to know.
 
-FINDINGS = {  # all that `check` looks for, and what to do about it; "!": mend it before a run
-    "annotations unreadable": "! mend the file that is named, or put it there",
-    "all videos missing": "! put them into the data folder, or give the folder that holds them",
-    "videos missing": "! put them there; or --allow_missing: left out in training, wrong in testing",
-    "videos refused": "! media must lie inside the data folder",
-    "too many unreadable": "! training gives up at 20 in a row, and a test with half of them means nothing",
-    "videos unreadable": "download them again; training replaces them by others, testing counts them as wrong",
+# What it looks for, and what to do about it. To be mended before a run, which would stop or be worth little:
+FAULTS = {
+    "annotations unreadable": "mend the file that is named, or put it there",
+    "videos missing": "put them there; or, if some are, --allow_missing: left out in training, wrong in testing",
+    "videos unreadable": "download them again, or remove them: training gives up at 20 in a row, testing counts them "
+                         "as wrong",
+}  # fmt: skip
+# ... and to be known, as it may be meant:
+REMARKS = {
     "videos without motion": "a single frame, often a placeholder for a deleted video: download them again",
     "videos also in train": "a model may remember them: the results would be too good",
     "same row twice": "same video and text: counts double in testing; do the answers agree?",
@@ -1986,96 +1999,99 @@ FINDINGS = {  # all that `check` looks for, and what to do about it; "!": mend i
 
 
 def check(layout, folder, text_length):
-    """-> {split: examples} and a list of findings: (one of FINDINGS, split, which video or example, and why)."""
-    splits, found = {}, []
-    for split in ("train", "val", "test"):
-        try:
-            splits[split] = layout.read(folder, split=split)
-        except DataError as error:
-            if split != "val" or not isinstance(error, NoAnnotations):  # not every data set has a validation split
-                found.append(("annotations unreadable", split, str(error)))
-    if splits.get("val") == splits.get("test"):
-        splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
-    everything = [e for examples in splits.values() for e in examples]
-    # Each video once, though several examples and splits may have it: opening files takes the time.
-    videos = list({e.video: None for e in everything})
-    check_one = functools.partial(check_video, folder=folder, stills=layout.stills)
-    with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:  # more would only wait for the disk
-        results = tqdm(pool.map(check_one, videos, chunksize=8), total=len(videos), unit="file", disable=None)
-        faults = {video: fault for video, fault in zip(videos, results, strict=True) if fault}
-    # A word is a token here, whole; BERT's own vocabulary splits rare ones, so it cuts a little earlier.
-    tokenizer = build_tokenizer(vocabulary_from_text(text for e in everything for text in input_texts(e)))
+    """What a data set has, and what is wrong with it.
+
+    -> {split: examples}; {(finding, split): a line for each video or example}, with one of FAULTS or REMARKS as the
+    finding. A split whose annotations cannot be read has no examples, but a finding.
+    """
+    splits, found = read_splits(layout, folder)
+    # Each file once, whichever examples have it: opening them takes the time. Eight at once: more would only wait for
+    # the disk. disable=None: a bar on a terminal, nothing in a file.
+    paths = sorted({e.path for examples in splits.values() for e in examples if e.path})
+    faults = process_map(check_file, paths, max_workers=8, chunksize=8, disable=None)
+    faults = dict(zip(paths, faults, strict=True))
     # A split with a video of training tests the memory of a model, and not what it has understood.
     known = {e.video for e in splits.get("train", [])}
     for split, examples in splits.items():
-        wrong = [*check_videos(examples, faults), *check_rows(examples, tokenizer, text_length)]
-        if split != "train":
-            wrong += [("videos also in train", video) for video in sorted({e.video for e in examples} & known)]
-        found += [(what, split, line) for what, line in wrong]
+        videos = check_videos(examples, faults, known if split != "train" else set())
+        for what, line in (*videos, *check_rows(examples, text_length)):
+            found.setdefault((what, split), []).append(line)
     return splits, found
 
 
-def check_video(name, folder, stills):
-    """-> (finding, why), if a video is not as it should be; None if it is."""
+def read_splits(layout, folder):
+    """-> the splits whose annotations can be read; what is wrong with the others, both as in `check`."""
+    splits, found = {}, {}
+    for split in ("train", "val", "test"):
+        try:
+            splits[split] = layout.read(folder, split)
+        except DataError as error:
+            if split != "val" or not isinstance(error, NoAnnotations):  # not every data set has a validation split
+                found["annotations unreadable", split] = [str(error)]
+    if splits.get("val") == splits.get("test"):
+        splits.pop("val", None)  # VQA, ActivityNet: the test answers are secret, so val is the test
+    return splits, found
+
+
+def check_file(path):
+    """-> (finding, line), if a video or image is not as it should be, else None.
+
+    `probe` lists a video's frames without decoding them, so damage inside a frame shows in a run only.
+    """
     try:
-        path = find_media(folder, name)
-    except DataError as error:
-        return "videos refused", str(error)
-    try:
-        if path and probe(path).num_frames == 1 and not (stills and path.suffix.lower() in IMAGES):
-            return "videos without motion", str(path)
+        if probe(path).num_frames == 1 and path.lower().endswith(VIDEOS):
+            return "videos without motion", path
     except DataError as error:
         return "videos unreadable", str(error)
-    return None if path else ("videos missing", "")
+    return None
 
 
-def check_videos(examples, faults):
-    """Yield (finding, line) for the videos of a split, each once. faults: {video: (finding, why)}.
+def check_videos(examples, faults, known):
+    """Yield (finding, line) of the videos of a split, each once, though it may have many questions.
 
-    One unreadable video costs an example. Many in a row end a run, hours after its start perhaps,
-    and half of a test would be counted as wrong: that is more than a remark.
+    faults: {path: what `check_file` says}. known: the videos of training; for training itself, none.
     """
-    kinds = [faults[e.video][0] if e.video in faults else "" for e in examples]
-    for video, what in {e.video: what for e, what in zip(examples, kinds, strict=True) if what}.items():
-        none = set(kinds) == {"videos missing"}
-        yield "all videos missing" if none else what, f"{video}  {faults[video][1]}"
-    # ClipDataset takes the next example for an unreadable one, and behind the last one the first: hence kinds * 2.
-    streaks = "".join("x" if what == "videos unreadable" else " " for what in kinds * 2).split()
-    number = kinds.count("videos unreadable")
-    if max(map(len, streaks), default=0) >= 20 or number and 2 * number >= len(kinds):
-        yield "too many unreadable", f"the videos of {number:,} of {len(kinds):,} examples"
+    for video, path in {e.video: e.path for e in examples}.items():
+        if not path:
+            yield "videos missing", video
+        elif faults[path]:
+            yield faults[path]
+        if video in known:
+            yield "videos also in train", video
 
 
-def check_rows(examples, tokenizer, text_length):
-    """Yield (finding, line) for what stands twice, or is too long.
+def check_rows(examples, text_length):
+    """Yield (finding, line) of what stands twice, or is too long.
 
     In multiple choice the text is the question and an option behind it: what is cut off is the
     option, so that the model may be asked to choose between equals.
     """
     rows = set()
     for e in examples:
-        if (row := (e.video, e.text, e.options)) in rows:
+        row = e.video, e.text, e.options
+        if row in rows:
             yield "same row twice", f"{e.id}  {e.video}: {e.text}"
         rows.add(row)
-        length = max(map(len, tokenizer(input_texts(e))["input_ids"]))  # with [CLS] and [SEP]
+        # A word counts as one token; BERT's own vocabulary splits rare ones, so it cuts a little earlier.
+        length = max(len(words_of(text)) for text in input_texts(e)) + 2  # with [CLS] and [SEP]
         if length > text_length:
             yield "text cut", f"{e.id}  {length} tokens: {input_texts(e)[0]}"
 
 
 def print_check(splits, found):
-    """A column for each split, a line for each kind of finding; then the first three of each kind, and what to do."""
-    counts = Counter((what, split) for what, split, _ in found)
+    """How much each split has; the first three of each finding, and what to do about it.
+
+    -> Is there a fault, so that something should be mended before a run?
+    """
     for split, examples in splits.items():
-        counts["examples", split], counts["videos", split] = len(examples), len({e.video for e in examples})
-    print(f"{'':24}" + "".join(f"{split:>12}" for split in ("train", "val", "test")))
-    for what in ("examples", "videos", *FINDINGS):
-        numbers = (counts[what, split] for split in ("train", "val", "test"))
-        print(f"{what:24}" + "".join(f"{f'{number:,}' if number else '-':>12}" for number in numbers))
-    for what, remedy in FINDINGS.items():
-        if of_kind := [(split, line) for kind, split, line in found if kind == what]:
-            print(f"\n{what}: {len(of_kind):,} ({remedy.removeprefix('! ')})")
-            for split, line in of_kind[:3]:
-                print(f"  {split:6} {line}"[:200].rstrip())  # 200: two lines of a terminal
+        print(f"{split:6} {len(examples):,} examples, {len({e.video for e in examples}):,} videos")
+    for (what, split), lines in found.items():
+        print(f"\n{split}: {what}: {len(lines):,} ({(FAULTS | REMARKS)[what]})")
+        for line in lines[:3]:
+            print(f"  {line}"[:200])  # 200: two lines of a terminal
+    faults = [what for what in FAULTS if any(what in key for key in found)]
+    print(f"\nmend this before a run: {', '.join(faults)}" if faults else "\nnothing here would stop a run")
+    return bool(faults)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2085,19 +2101,18 @@ def print_check(splits, found):
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes end in one line.
 
-    It has no list of all flags, which would hide what is wrong, but the word that was perhaps
-    meant.
+    It has no list of all flags, which would hide what is wrong, but the word that was perhaps meant. A command's own
+    parser (`parse_command`) is one of these, too: argparse sees to that.
     """
 
     def __init__(self, **options):
-        # No abbreviations: a shortened flag would change its meaning with the next flag that
-        # begins alike.
+        # No abbreviations: a shortened flag would change its meaning with the next flag that begins alike.
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def error(self, message):
-        # argparse says what it did not understand, and behind a wrong choice what it would have;
-        # of flags, its usage lists all.
+        # argparse says what it did not understand, and behind a wrong choice what it would have; of flags, its usage
+        # lists all. A message may quote what was typed, line ends included.
         message = " ".join(message.split())
         if wrong := re.search(r"(?:unrecognized arguments|invalid choice): '?([\w-]+)", message):
             known = message.partition("choose from")[2] or self.format_usage()
@@ -2108,20 +2123,19 @@ class Parser(argparse.ArgumentParser):
     def numbers(self, flag, kind=int, low=1, high=10**9, **options):
         """A flag that takes a number from low to high, or several.
 
-        nan is in no range: each comparison with it is false. And inf is above all of them. So what
-        the scripts compute with is a number, whatever was typed.
+        nan is in no range: each comparison with it is false. And inf is above all of them. So what the scripts compute
+        with is a number, whatever was typed. The ranges are wide; they keep out what no machine can hold.
+
+        kind: int or float. options: of argparse's add_argument; with nargs each of several numbers is looked at.
         """
 
         def number(text):
-            try:
+            with contextlib.suppress(ValueError):
                 value = kind(text)
-            except ValueError:
-                value = math.nan
-            if not low <= value <= high:
-                what = "whole number" if kind is int else "number"
-                fault = f"{text!r} is not a {what} from {low:,} to {high:,}"
-                raise argparse.ArgumentTypeError(fault)
-            return value
+                if low <= value <= high:
+                    return value
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low:,} to {high:,}")
 
         self.add_argument(flag, type=number, **options)
 
@@ -2133,101 +2147,88 @@ def folder(text):
     return Path(text)
 
 
-# A command adds its flags to a parser, and does what they say. The ranges are wide; they keep out
-# what no machine can hold.
-def toy_command(parser, arguments):
-    """Write the toy data."""
-    parser.add_argument("folder", type=Path)
-    toy_data(folder=parser.parse_args(arguments).folder)
+def parse_command(arguments):
+    """-> The command and the values of its flags, by name; sys.argv's, if `arguments` is None.
+
+    Each command has a parser of its own, so `toy --task` is an error and `check --help` says what `check` can be told.
+    """
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    toy = commands.add_parser("toy", description="Write the toy data.")
+    toy.add_argument("folder", type=Path)
+
+    check = commands.add_parser("check", description=run_check.__doc__)
+    check.add_argument("--task", default="tgif_qa", choices=[*ALIASES, *LAYOUTS])
+    check.add_argument("--data", type=folder, help="the data set's folder (default: the toy data)")
+    check.numbers("--text_length", low=3, high=512, help="tokens of a text (default: the task's)")
+
+    cache = commands.add_parser("cache", description="Decode each video once, into small files for --cache.")
+    cache.add_argument("--data", type=folder, required=True, help="the data set's folder")
+    # Four a second: a frame is then at most 1/8 s away from the one that a clip asks for. At most 6,400 pixels: the
+    # largest grid of the base model.
+    cache.numbers("--fps", float, 0.01, 1000, default=4.0, help="frames kept of each second (default: 4)")
+    cache.numbers("--size", low=16, high=6400, default=448, help="as in training (default: 448)")
+    cache.numbers("--workers", high=256, default=os.cpu_count(), help="videos at once (default: one a core)")
+
+    show = commands.add_parser("show", description="Draw a video's clips and frames. By default as the paper's model "
+                               "sees them: 448 pixels, clips of two frames, half a second apart.")  # fmt: skip
+    show.add_argument("video", type=Path)
+    show.numbers("--clips", high=64, default=4)
+    show.numbers("--frames", high=64, default=2)
+    show.numbers("--size", low=16, high=2048, default=448)
+    show.numbers("--fps", float, 0.001, 1000, default=2.0, help="a clip of T frames spans T / fps s")
+    show.numbers("--seed", low=0, help="random clips, as in training, of this seed (default: uniform ones)")
+    show.add_argument("--out", type=Path, default="sheet.png")
+
+    # By parse_args, the outer parser would complain of what is unknown; the command's own knows which flag was meant.
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
-def check_command(parser, arguments):
+def run_check(task, folder, text_length):
     """Read all annotations and media headers, and list what is wrong.
 
     Exit code 1: something should be mended before a run.
     """
-    names = [*ALIASES, *LAYOUTS]
-    parser.add_argument("--task", default="tgif_qa", choices=names, metavar="TASK",
-                        help=", ".join(names))  # fmt: skip
-    parser.add_argument("--data", type=folder, help="the data set's folder (default: the toy data)")
-    parser.numbers("--text_length", low=3, high=512, help="tokens of a text (default: the task's)")
-    args = parser.parse_args(arguments)
-    task = ALIASES.get(args.task, args.task)
+    task = ALIASES.get(task, task)
     layout = LAYOUTS[task]
-    where = args.data or toy_data(layout.toy) / layout.toy
-    length = args.text_length or layout.text_length
-    splits, found = check(layout, where, length)
-    print(f"{task} in {where}; texts of at most {length} tokens\n")
-    print_check(splits, found)
-    # "mend", not "stop": a test whose videos are mostly unreadable runs to its end, and means
-    # nothing.
-    kinds = {kind for kind, *_ in found}
-    stops = ", ".join(kind for kind in FINDINGS if kind in kinds and FINDINGS[kind][0] == "!")
-    print(f"\nmend this before a run: {stops}" if stops else "\nnothing here would stop a run")
-    return bool(stops)
+    folder = folder or toy_data(layout.toy) / layout.toy
+    text_length = text_length or layout.text_length
+    print(f"{task} in {folder}; texts of at most {text_length} tokens")
+    return print_check(*check(layout, folder, text_length))
 
 
-def cache_command(parser, arguments):
-    """Decode each video once, into small files for --cache."""
-    parser.add_argument("--data", type=folder, required=True, help="the data set's folder")
-    # Four a second: a frame is then at most 1/8 s away from the one that a clip asks for.
-    parser.numbers("--fps", float, 0.01, 1000, default=4.0,
-                   help="frames kept of each second (default: 4)")  # fmt: skip
-    parser.numbers("--size", low=16, high=6400, default=448, help="as in training (default: 448)")
-    parser.numbers("--workers", high=256, default=os.cpu_count(),
-                   help="videos at once (default: one a core)")  # fmt: skip
-    args = parser.parse_args(arguments)
-    write_cache(args.data, args.size, args.fps, args.workers)
-
-
-def show_command(parser, arguments):
-    """Draw a video's clips and frames.
-
-    By default as the paper's model sees them: 448 pixels, clips of two frames, half a second apart.
-    """
-    parser.add_argument("video", type=Path)
-    parser.numbers("--clips", high=64, default=4)
-    parser.numbers("--frames", high=64, default=2)
-    parser.numbers("--size", low=16, high=2048, default=448)
-    parser.numbers("--fps", float, 0.001, 1000, default=2.0,
-                   help="a clip of T frames spans T / fps s")  # fmt: skip
-    parser.numbers("--seed", low=0,
-                   help="random clips, as in training, of this seed "
-                        "(default: uniform ones)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default="sheet.png")
-    args = parser.parse_args(arguments)
-    sheet = contact_sheet(args.video, args.clips, args.frames, args.fps, args.size, args.seed)
-    sheet.save(args.out)
-    print(f"{args.out}: {args.clips} clips of {args.frames} frames")
-
-
-COMMANDS = {"toy": toy_command, "check": check_command, "cache": cache_command,
-            "show": show_command}  # fmt: skip
+def run_command(args):
+    """Do what a command says, with what `parse_command` returns. -> The exit code."""
+    if args.command == "check":
+        return run_check(args.task, args.data, args.text_length)
+    if args.command == "toy":
+        toy_data(folder=args.folder)
+    elif args.command == "cache":
+        write_cache(args.data, args.size, args.fps, args.workers)
+    elif args.command == "show":
+        sheet = contact_sheet(args.video, args.clips, args.frames, args.fps, args.size, args.seed)
+        sheet.save(args.out)
+        print(f"{args.out}: {args.clips} clips of {args.frames} frames")
+    return 0
 
 
 def main(arguments=None):
     """Run a command: the one place where an error becomes a line.
 
-    A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import.
-    What is no mistake of the user's, but ours, keeps its traceback.
+    A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import. What is no mistake
+    of the user's, but ours, keeps its traceback. Exit code 1 is `check`'s, 0 says that all is well.
     """
-    parser = Parser(description=__doc__)
-    parser.add_argument("command", choices=COMMANDS)
-    # What follows the command is read by its own parser, which knows its flags.
-    parser.add_argument("flags", nargs=argparse.REMAINDER)
-    given = parser.parse_args(arguments)
-    command = COMMANDS[given.command]
-    own = Parser(prog=f"data.py {given.command}", description=command.__doc__)
+    args = parse_command(arguments)
     try:
-        sys.exit(command(own, given.flags))
-    except ValueError as error:  # DataErrors, and --out with an ending that no picture has
+        sys.exit(run_command(args))
+    except (ValueError, OSError) as error:  # DataErrors, and --out where or in a format that no picture can be
         message = str(error)
-    except OSError as error:
-        remedy = f"{error.filename}: {error.strerror}; choose another place"
-        message = remedy if error.filename else str(error)
     except BrokenExecutor:
-        message = ("a process that read the files was killed, perhaps for memory: "
-                   "try fewer --workers")  # fmt: skip
+        message = "a process that read the files was killed, perhaps for memory: try fewer --workers"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -41,5 +41,6 @@ def test_flags_exist():
 def test_files_and_tasks_exist():
     for path in set(re.findall(r"(?<![\w/.])((?:tests/)?\w+\.py)\b", TEXT)) | set(re.findall(r"\((tests/[\w.]+)\)", TEXT)):
         assert (ROOT / path).is_file(), path
+    assert set(data.LAYOUTS) == {*finetune.TASKS, "pretrain"}  # a task is in both tables
     for task in re.findall(r"--task ([a-z_]+)", TEXT):
         assert task in finetune.TASKS or task in data.ALIASES, task
