@@ -1,17 +1,15 @@
 """Files that are damaged by the thousand, and runs that are killed, starved and cut off.
 
-    python tests/stress.py media --videos DIR                       every file of DIR
+    python tests/stress.py media --videos DIR
     python tests/stress.py annotations kill disk soak               a quarter of an hour on two cores
     python tests/stress.py annotations kill --files 200 --runs 4    small versions: half a minute
 
-    media        3,410 videos and images, cut off or with byte errors: frames or one clear error, each within 10 seconds
-                 and half a GB (10 to 25 minutes; --files N: about so many)
-    annotations  2,000 annotation files, over all layouts: read exactly as they stand, or refused in one line that names
-                 the place; never a wrong label (a minute; --files N)
-    kill         kill -9 at 30 random moments of a run that saves at every step, then --resume to the end of the
-                 undisturbed run: its weights, optimizer and log (5 minutes; --runs N)
-    disk         a full disk, a run's folder lost, vanished data, a killed worker: one error line, then --resume, too
-    soak         10,000 steps with two workers: memory, open files, processes left behind (10 minutes; --steps N)
+    media        3,410 damaged copies of DIR's videos and images: frames or one clear error (10 to 25 minutes)
+    annotations  2,000 damaged files, over all layouts: read exactly as they stand, or refused in one line that names the
+                 place; never a wrong label (a minute)
+    kill         kill -9 at 30 random moments, then --resume: the end of the undisturbed run (5 minutes)
+    disk         a full disk, a lost folder, vanished data, a killed worker: one error line, then --resume (half a minute)
+    soak         10,000 steps with two workers: memory, open files, processes left behind (10 minutes)
 
 A line of figures a command. Each failure is listed, with the name that brings the same damage back, and makes the exit
 code 1. The moments of the kills depend on the machine's speed. Linux only (/proc).
@@ -29,6 +27,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,12 +45,14 @@ SECONDS, MEGABYTES = 10, 512  # that one damaged file may take; the imports (400
 
 
 def judged(names, write, judge):
-    """-> (figures, failures) of what `judge(name, folder)` says of all that `write(name, folder)` has put there."""
+    """-> (figures, failures) of what `judge` says of every file; write(name, folder) damages it, -> what to ask `judge`."""
     found = {}
     for name in tqdm(names, disable=None):
-        with tempfile.TemporaryDirectory() as folder:
-            write(name, Path(folder))
-            found[name] = judged_apart(judge, name, Path(folder))
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, FORK) as process:
+            try:
+                found[name] = process.submit(measured, judge, *write(name, Path(folder))).result()
+            except BrokenProcessPool:
+                found[name] = "the process ended", 0, 0
     verdicts, seconds, megabytes = zip(*found.values(), strict=True)
     figures = (f"{len(names):,} damaged files: {verdicts.count('read'):,} read, {verdicts.count('error'):,} clear errors; "
                f"at most {max(seconds):.1f} s and {max(megabytes):.0f} MB more than the imports take")  # fmt: skip
@@ -61,29 +63,17 @@ def judged(names, write, judge):
     ]
 
 
-def judged_apart(judge, *asked):
-    """-> (verdict, seconds, the MB that the process or its ffmpegs, copies of it at first, had more than before)."""
+def measured(judge, *asked):
+    """-> (verdict, seconds, the MB that this process or its ffmpegs, copies of it at first, had more than before)."""
+    signal.alarm(10 * SECONDS)  # unhandled, it ends this process, whatever C code it is in
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - notes of what was left out
+    imports, began = highest(), time.monotonic()
+    return judge(*asked), time.monotonic() - began, highest() - imports
 
-    def highest():
-        family = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-        return max(resource.getrusage(who).ru_maxrss for who in family) / 1024
 
-    def job():
-        signal.alarm(10 * SECONDS)  # unhandled, it ends this process, whatever C code it is in
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - notes of what was left out
-        imports, began = highest(), time.monotonic()
-        sender.send((judge(*asked), time.monotonic() - began, highest() - imports))
-
-    receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=job)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        return "the process ended", 0, 0
-    finally:
-        process.join()
+def highest():
+    family = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return max(resource.getrusage(who).ru_maxrss for who in family) / 1024
 
 
 def verdict_of(error, *paths):
@@ -127,8 +117,9 @@ def media(folder, count):
     def write(name, place):
         file, kind, _ = name.rsplit(" ", 2)
         (place / file).write_bytes(damage((folder / file).read_bytes(), random.Random(name), kind))
+        return [place / file]
 
-    return judged(names, write, lambda name, place: judge_media(place / name.rsplit(" ", 2)[0]))
+    return judged(names, write, judge_media)
 
 
 # -------------------------------------------------- annotations: small files in every layout
@@ -177,12 +168,11 @@ def rows_of(layout, paths):
         return [{**row, "vg_id": first(row, "image_id", "id")} for row in regions]
     if layout == "activitynet":
         return [{"video_id": video, "caption": text} for video, row in said.items() for text in row["sentences"]]
-    if layout == "msrvtt_captions":
+    if layout in ("msrvtt_captions", "msrvtt_retrieval"):
         rows = joined(said["sentences"], "video_id", said["videos"], "video_id")
-        return [row for row in rows if row.get("split", "train") == "train"]
-    if layout == "msrvtt_retrieval":
+        if layout == "msrvtt_captions":
+            return [row for row in rows if row.get("split", "train") == "train"]
         listed = {words(row["video_id"]) for row in before[0]}
-        rows = joined(said["sentences"], "video_id", said["videos"], "video_id")
         return [row for row in rows if words(row["video_id"]) in listed]
     return said
 
@@ -252,12 +242,10 @@ LAYOUTS = {
     "tgif_qa_action": ("tgif_qa_action", "train", {
         "Train_action_question.csv": table({"gif_name": f"t{i}", "question": q, "a1": ACTS[i], "a2": "nod",
             "a3": ACTS[i + 1], "a4": ACTS[i + 2], "a5": "hop", "answer": i, "vid_id": i} for i, q in ASK)}),
-    "tgif_qa_count": ("tgif_qa_count", "test", {
-        "Test_count_question.csv": table(
-            {"gif_name": f"t{i}", "question": q, "answer": 2 + 3 * i, "key": i} for i, q in ASK)}),
-    "tgif_qa_frameqa": ("tgif_qa_frameqa", "test", {
-        "Test_frameqa_question.csv": table(
-            {"gif_name": f"t{i}", "question": q, "answer": ACTS[i], "type": i} for i, q in ASK)}),
+    "tgif_qa_count": ("tgif_qa_count", "test", {"Test_count_question.csv": table(
+        {"gif_name": f"t{i}", "question": q, "answer": 2 + 3 * i, "key": i} for i, q in ASK)}),
+    "tgif_qa_frameqa": ("tgif_qa_frameqa", "test", {"Test_frameqa_question.csv": table(
+        {"gif_name": f"t{i}", "question": q, "answer": ACTS[i], "type": i} for i, q in ASK)}),
     "tgif_qa_transition.jsonl": ("tgif_qa_transition", "train", {
         "transition_train.jsonl": jsonl({"clip_name" if i else "gif_name": f"t{i}", "question": q,
                                          "options": ACTS[i : i + 5], "answer": i} for i, q in ASK)}),
@@ -273,9 +261,8 @@ LAYOUTS = {
         {**row, "labels": {"yes": 1, "no": 0.3}} for row in QUESTIONS)}),
     "msrvtt_retrieval": ("msrvtt_retrieval", "train", {
         "MSRVTT_train.9k.csv": "video_id\r\nv0\r\nv2\r\nv3\r\n", "MSRVTT_data.json": json.dumps(MSRVTT)}),
-    "msrvtt_1ka_test": ("msrvtt_retrieval", "test", {
-        "MSRVTT_JSFUSION_test.csv": table(
-            ({"key": i, "video_id": f"v{i}", "sentence": f'"a cat, {i}"'} for i, _ in ASK), ",", "\n")}),
+    "msrvtt_1ka_test": ("msrvtt_retrieval", "test", {"MSRVTT_JSFUSION_test.csv": table(
+        ({"key": i, "video_id": f"v{i}", "sentence": f'"a cat, {i}"'} for i, _ in ASK), ",", "\n")}),
     "retrieval.jsonl": ("msrvtt_retrieval", "train", {
         "train.jsonl": jsonl({"clip_name": f"v{i}", "caption": q} for i, q in ASK)}),
     "didemo": ("didemo_retrieval", "val", {"val_data.json": json.dumps(
@@ -381,12 +368,14 @@ def annotations(count):
     names = [f"{list(LAYOUTS)[i % len(LAYOUTS)]} {i}" for i in range(count)]
 
     def write(name, folder):
-        files, rng = LAYOUTS[name.split()[0]][-1], random.Random(name)
+        layout, rng = name.split()[0], random.Random(name)
+        *_, files = LAYOUTS[layout]
         victim = rng.choice(list(files))
         for file, text in files.items():
             (folder / file).write_bytes(damage_annotation(file, text, rng) if file == victim else text.encode())
+        return layout, folder
 
-    return judged(names, write, lambda name, folder: judge_annotation(name.split()[0], folder))
+    return judged(names, write, judge_annotation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -421,14 +410,15 @@ def kill(runs):
             code = resume(folder, out, *STEPS)
             if code or not same_end(out, whole):
                 failures.append(f"run {i} ended otherwise, with exit code {code}: {errors(out)}")
+    equal = f"{runs - len(failures)} of {runs} runs end with the weights, optimizer and log of the undisturbed one"
     if runs >= 30 and not inside:
         failures.append("no kill came in a checkpoint, so nothing is known about that")
-    return f"{runs} runs, {inside} of them killed in a checkpoint, {len(failures)} did not end as the undisturbed one", failures
+    return f"{equal}; {inside} were killed in a checkpoint", failures
 
 
 TROUBLES = {  # and what the run says of it
     "a full disk": "last.pt: not written (File too large): make room, then --resume",
-    "a lost folder": "not written (Not a directory)",
+    "a lost folder": "last.pt: not written",
     "vanished data": "unreadable videos in a row",
     "a killed worker": "worker was killed",
 }
@@ -474,29 +464,26 @@ def children(process):
     return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
-def memory_of(pid):
-    """In bytes: the proportional set size, which counts once what processes share."""
-    return 1024 * int(re.search(r"\nPss: *(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1])
-
-
 def soak(steps):
-    """A sample every two seconds, after a first twentieth of the steps. Batches on their way from a worker are a few
-    open files."""
+    """Samples, 2 s apart in a long run, after a first twentieth of the steps. Batches on their way are a few open files."""
     samples, tiny = [], ["--batch_size", 1, "--text_length", 8, "--workers", 2, "--max_steps", steps]
     with undisturbed() as (folder, work, *_):
         process = start(folder, work / "soak", *tiny, "--save_every", max(1, steps // 20))
         while process.is_alive():
-            time.sleep(2)
+            time.sleep(min(2, steps / 1000))
             with suppress(OSError, ValueError, IndexError):  # it ends in between; the log is being made
                 step, family = logged(work / "soak")[-1], [process.pid, *children(process)]
+                # the proportional set size, in kB, counts once what processes share
+                maps = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in family]
+                size = sum(int(re.search(r"\nPss: *(\d+)", text)[1]) for text in maps)
                 files = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in family)
                 if steps / 20 <= step < steps and len(family) == 3:  # not the evaluation at the end
-                    samples.append((sum(map(memory_of, family)), files, family))
+                    samples.append((size, files, family))
         code = finish(process)
     sizes, counts, families = zip(*samples, strict=True)
     half, left = len(counts) // 2, [pid for pid in families[-1] if Path(f"/proc/{pid}").exists()]
     grown, before, after = max(sizes) / sizes[0] - 1, max(counts[:half]), max(counts[half:])
-    figures = (f"{steps:,} steps, exit code {code}; {sizes[0] / 2**20:.0f} MB, then {grown:+.1%} at most ({len(sizes)} "
+    figures = (f"{steps:,} steps, exit code {code}; {sizes[0] / 1024:.0f} MB, then {grown:+.1%} at most ({len(sizes)} "
                f"samples); {before}, then {after} open files at most; {len(left)} processes left behind")  # fmt: skip
     return figures, [] if code == 0 and grown < 0.05 and after <= before + 4 and not left else ["not as it should be"]
 
@@ -505,8 +492,15 @@ def soak(steps):
 
 
 def main():
+    commands = {
+        "media": lambda: media(args.videos, args.files or 3410),
+        "annotations": lambda: annotations(args.files or 2000),
+        "kill": lambda: kill(args.runs),
+        "disk": disk,
+        "soak": lambda: soak(args.steps),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commands", nargs="+", choices=["media", "annotations", "kill", "disk", "soak"], metavar="COMMAND")
+    parser.add_argument("commands", nargs="+", choices=commands, metavar="COMMAND", help=", ".join(commands))
     parser.add_argument("--videos", type=Path, metavar="DIR", help="media: a folder of videos and images")
     parser.add_argument("--files", type=int, metavar="N", help="media, annotations: how many damaged files")
     parser.add_argument("--runs", type=int, default=30, metavar="N", help="kill: how many runs")
@@ -515,12 +509,10 @@ def main():
     if "media" in args.commands and not args.videos:
         parser.error("media needs --videos DIR")
     torch.set_num_threads(1)
-    asked = {"media": (args.videos, args.files or 3410), "annotations": [args.files or 2000], "kill": [args.runs],
-             "disk": [], "soak": [args.steps]}  # fmt: skip
     failed = False
     for command in args.commands:
         began = time.time()
-        figures, failures = globals()[command](*asked[command])
+        figures, failures = commands[command]()
         print(f"{command}: {figures} ({time.time() - began:.0f} s)", *failures, sep="\n  FAILED: ", flush=True)
         failed = failed or bool(failures)
     sys.exit(failed)
