@@ -13,6 +13,7 @@ import signal
 import socket
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import conftest
 import pytest
@@ -29,7 +30,7 @@ STEPS = ["--max_steps", 12, "--save_every", 1]
 
 toy = drawn(data.write_toy_tgif_qa, "tgif_qa", train=13, test=2)  # with batches of 4, an epoch ends in the middle of one
 photos = drawn(data.write_toy_coco, "coco_captions", train=13, val=4)
-scripts = pytest.mark.parametrize("script", [finetune, pretrain], ids=["finetune", "pretrain"])
+both = pytest.mark.parametrize("script", [finetune, pretrain], ids=["finetune", "pretrain"])
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +125,14 @@ def test_disk_full_is_one_line_and_leaves_the_old_checkpoint(toy, tmp_path, caps
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def small_files():
-    """A full disk for log.jsonl, emulated: a limit on the size of files, in a process, since it can't be taken back."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
-
-
-def test_log_on_a_full_disk_is_one_line(toy, tmp_path):
-    process = start(toy, tmp_path / "run", "--max_steps", 40, before=small_files)
-    assert finish(process) == 2
-    (line,) = errors(tmp_path / "run")
+def test_log_on_a_full_disk_is_one_line(toy, tmp_path, capsys):
+    """Emulated: no file may grow beyond 2,500 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, hard))
+    try:
+        line = failing(capsys, toy, tmp_path, "--max_steps", 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "log.jsonl: not written (File too large)" in line and "--resume" in line
 
 
@@ -205,29 +204,22 @@ MEMORY = {  # what torch raises -> what our line advises
 }
 
 
-def raising(error):
-    def job(given):
-        raise error
-
-    return job
-
-
 @pytest.mark.parametrize("error", [
     *map(RuntimeError, MEMORY), torch.OutOfMemoryError("CUDA out of memory."),
     torch.AcceleratorError("CUDA error: out of memory\nTraces"),
 ], ids=str)  # fmt: skip
 def test_memory_of_each_kind_that_runs_out_is_one_line_with_its_own_cure(error, capsys):
     with pytest.raises(SystemExit) as stop:
-        clipbert.main(raising(error), {})
+        clipbert.main(Mock(side_effect=error), {})
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and MEMORY.get(str(error), "out of GPU memory: halve") in line
 
 
 def test_memory_is_not_what_other_errors_are_about(capsys):
     with pytest.raises(torch.AcceleratorError):  # ours to mend: with its traceback
-        clipbert.main(raising(torch.AcceleratorError("CUDA error: an illegal memory access")), {})
+        clipbert.main(Mock(side_effect=torch.AcceleratorError("CUDA error: an illegal memory access")), {})
     with pytest.raises(SystemExit):
-        clipbert.main(raising(ValueError("/data/torch_videos/shared/a.gif: no such file")), {})
+        clipbert.main(Mock(side_effect=ValueError("/data/torch_videos/shared/a.gif: no such file")), {})
     assert capsys.readouterr().err == "error: /data/torch_videos/shared/a.gif: no such file\n"
 
 
@@ -276,8 +268,8 @@ def test_resume_accepts_the_same_values_and_what_may_be_anew(toy, whole, tmp_pat
     anew = ["--max_steps", 13, "--save_every", 7, "--workers", 1, "--precision", "bf16", "--debug"]
     here(f"{toy}/", out, *anew, "--resume", "--model", "tiny", "--task", "tgif_qa", "--lr", "3e-4")
     assert clipbert.load_checkpoint(out / "last.pt")["step"] == 13
-    settings = json.loads((out / "config.json").read_text())
-    assert [settings[name] for name in ("max_steps", "save_every", "workers", "precision")] == [13, 7, 1, "bf16"]
+    said = json.loads((out / "config.json").read_text())
+    assert [said[name] for name in ("max_steps", "save_every", "workers", "precision")] == [13, 7, 1, "bf16"]
     here(toy, out, "--resume", "--epochs", 5)  # in place of --max_steps: 65 examples, 4 an update
     assert clipbert.load_checkpoint(out / "last.pt")["step"] == 17
 
@@ -294,7 +286,7 @@ def test_resume_refuses_in_one_line_what_differs_and_may_not(toy, whole, tmp_pat
 # ---------------------------------------------------------------- nothing is overwritten
 
 
-@scripts
+@both
 def test_nothing_is_overwritten_by_a_second_run(script, toy, photos, tmp_path, capsys, monkeypatch):
     """Each run takes the next free name and says so; an --out that holds a run takes --overwrite."""
     monkeypatch.chdir(tmp_path)
@@ -320,7 +312,7 @@ def test_overwritten_is_a_run_with_its_checkpoints(toy, whole, tmp_path):
     assert not (tmp_path / "previous.pt").exists() and logged(tmp_path) == [1]
 
 
-@scripts
+@both
 def test_overwritten_is_nothing_by_an_evaluation_and_blind_is_remembered(script, toy, photos, tmp_path, capsys):
     """It writes beside its checkpoint, under a name that says what was evaluated."""
     folder, out = (toy, tmp_path / "run") if script is finetune else (photos, tmp_path / "run")
@@ -370,39 +362,30 @@ def two(*run, **script):
 EPOCHS = ["--epochs", 12, "--save_every", 10]
 
 
-@pytest.fixture(scope="module")
-def both(toy, tmp_path_factory):
-    """Two processes, undisturbed."""
-    out = tmp_path_factory.mktemp("two") / "run"
-    assert [finish(process) for process in two(toy, out, *EPOCHS)] == [0, 0]
-    return out
-
-
-@scripts
-def test_two_processes_equal_one_with_twice_the_accumulation(toy, photos, tmp_path, both, script):
-    one, other = tmp_path / "one", both
-    if script is finetune:
-        assert finish(start(toy, one, *EPOCHS, "--grad_accum", 2)) == 0
-    else:  # with two batches an update each, that is, four
-        other, more = tmp_path / "two", ["--max_steps", 20, "--eval_every", 10, "--batch_size", 2]
-        processes = two(photos, other, *more, "--grad_accum", 2, script=script)
-        processes.append(start(photos, one, *more, "--grad_accum", 4, script=script))
-        assert [finish(process) for process in processes] == [0, 0, 0]
-    ours, twins = weights(one), weights(other)
+@both
+def test_two_processes_equal_one_with_twice_the_accumulation(script, toy, photos, tmp_path):
+    folder, n, more = toy, 1, EPOCHS
+    if script is pretrain:  # with two batches an update each, that is, four
+        folder, n, more = photos, 2, ["--max_steps", 20, "--eval_every", 10, "--batch_size", 2]
+    pair = two(folder, tmp_path / "two", *more, "--grad_accum", n, script=script)
+    alone = start(folder, tmp_path / "one", *more, "--grad_accum", 2 * n, script=script)
+    assert [finish(process) for process in (*pair, alone)] == [0, 0, 0]
+    ours, twins = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in ours:
         # Sums in another order, which Adam enlarges in a few weights whose gradients are all but zero: 20 updates of
         # up to 3e-4 take those 2e-4 apart at most, and on average all are the same.
         torch.testing.assert_close(ours[name], twins[name], rtol=0, atol=2e-4)
         assert (ours[name] - twins[name]).abs().mean() < 5e-6
-    logs = [conftest.lines(out / "log.jsonl") for out in (one, other)]
+    logs = [conftest.lines(tmp_path / out / "log.jsonl") for out in ("one", "two")]
     assert logs[0][-1]["step"] == 20
     for row, twin in zip(*logs, strict=True):
         assert row == pytest.approx(twin, abs=1e-4)
 
 
-def test_two_processes_stop_at_the_same_step_and_go_on(toy, tmp_path, both):
+def test_two_processes_stop_at_the_same_step_and_go_on(toy, tmp_path):
     """Though the signal reaches only one of them."""
-    out = tmp_path / "run"
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    assert [finish(process) for process in two(toy, whole, *EPOCHS)] == [0, 0]
     processes = two(toy, out, "--epochs", 12, "--save_every", 1)
     wait_for(out, 2, processes[0])
     os.kill(processes[1].pid, signal.SIGTERM)
@@ -410,4 +393,4 @@ def test_two_processes_stop_at_the_same_step_and_go_on(toy, tmp_path, both):
     stopped_at = clipbert.load_checkpoint(out / "last.pt")["step"]
     assert stopped_at in (10, 20) and f"after step {stopped_at} of 20" in errors(out)[-1]
     assert [finish(process) for process in two(toy, out, *EPOCHS, "--resume")] == [0, 0]
-    assert same_end(both, out)
+    assert same_end(whole, out)

@@ -65,8 +65,19 @@ def test_damaged_files_that_once_went_wrong(name, tmp_path):
     assert stress.judge_media(path) in ("read", "error")
 
 
-@pytest.mark.parametrize("job", [lambda: stress.kill(2), stress.disk, lambda: stress.soak(200)], ids=["kill", "disk", "soak"])
-def test_disturbed_runs(job):
-    """Each says in its failures what did not end as it would have undisturbed."""
-    figures, failures = job()
-    assert not failures, figures
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(stress, "STEPS", ["--max_steps", 12, "--save_every", 1])
+
+
+def test_killed_runs_end_as_the_undisturbed_one(short):
+    assert stress.kill(2)[1] == []
+
+
+def test_runs_without_disk_or_data_or_worker_say_one_line_and_end_as_the_undisturbed_one(short):
+    assert stress.disk()[1] == []
+
+
+def test_a_run_leaves_no_process_behind(short):
+    figures, _ = stress.soak(100)  # too short to tell how its memory grows
+    assert "exit code 0;" in figures and "; 0 processes left behind" in figures
