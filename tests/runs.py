@@ -63,15 +63,15 @@ def errors(out):
 
 
 def tensors(out):
-    """The weights, optimizer and random states that a run ended with, by name."""
+    """The weights, optimizer, random states and best score that a run ended with, by name."""
     state = clipbert.load_checkpoint(out / "last.pt")
     random_states = {f"random{rank}": each["torch"] for rank, each in enumerate(state["random"])}
     moments = {f"{k}.{n}": v for k, s in state["optimizer"]["state"].items() for n, v in s.items()}
-    return state["model"] | moments | random_states
+    return state["model"] | moments | random_states | {"best": torch.tensor(state["best"])}
 
 
 def same_end(one, other):
-    """Whether two runs ended with the same weights, optimizer and random states, to the bit, and the very same log."""
+    """Whether two runs ended with the same tensors, to the bit, and the very same log."""
     ours, twins = tensors(one), tensors(other)
     logs = [(out / "log.jsonl").read_text() for out in (one, other)]
     return logs[0] == logs[1] and all(torch.equal(ours[name], twins[name]) for name in ours | twins)

@@ -419,7 +419,7 @@ def kill(runs):
 TROUBLES = {  # and what the run says of it
     "a full disk": "last.pt: not written (File too large): make room, then --resume",
     "a lost folder": "last.pt: not written",
-    "vanished data": "unreadable videos in a row",
+    "vanished data": "error: 20 unreadable videos in a row",
     "a killed worker": "worker was killed",
 }
 

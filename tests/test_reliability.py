@@ -291,9 +291,9 @@ def test_nothing_is_overwritten_by_a_second_run(script, toy, photos, tmp_path, c
     """Each run takes the next free name and says so; an --out that holds a run takes --overwrite."""
     monkeypatch.chdir(tmp_path)
     folder, name = (toy, "tgif_qa_action") if script is finetune else (photos, "pretrain")
-    for more in ([], [], ["--blind"], ["--blind"]):
+    for more in (["--blind"], ["--blind"], [], []):
         here(folder, None, "--max_steps", 1, *more, script=script)
-    runs = [Path("runs") / f"{name}{ending}" for ending in ("", "-2", "_blind", "_blind-2")]
+    runs = [Path("runs") / f"{name}{ending}" for ending in ("_blind", "_blind-2", "", "-2")]
     said = capsys.readouterr().out
     assert sorted(Path("runs").iterdir()) == sorted(runs) and all(f"writing to {run}\n" in said for run in runs)
     before = {path: path.read_bytes() for path in runs[0].iterdir()}
