@@ -33,7 +33,7 @@ toy_msrvtt = drawn(data.write_toy_msrvtt, "msrvtt", train=12, test=6)
 
 
 def run(script, *arguments):
-    """`python SCRIPT.py ARGUMENTS` in this process; script: the module finetune or pretrain. Errors end in SystemExit."""
+    """`python SCRIPT.py ARGUMENTS` in this process; script: the module finetune or pretrain. Errors: SystemExit."""
     given = flags(script, *arguments)
     job = "run_prediction" if "predict" in given else "run_evaluation" if "eval" in given else "run_training"
     clipbert.main(getattr(script, job), given)

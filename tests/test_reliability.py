@@ -28,7 +28,7 @@ import pretrain
 
 STEPS = ["--max_steps", 12, "--save_every", 1]
 
-toy = drawn(data.write_toy_tgif_qa, "tgif_qa", train=13, test=2)  # with batches of 4, an epoch ends in the middle of one
+toy = drawn(data.write_toy_tgif_qa, "tgif_qa", train=13, test=2)  # in batches of 4 an epoch ends in one
 photos = drawn(data.write_toy_coco, "coco_captions", train=13, val=4)
 both = pytest.mark.parametrize("script", [finetune, pretrain], ids=["finetune", "pretrain"])
 
@@ -100,13 +100,6 @@ def test_truncated_last_checkpoint_falls_back_on_the_one_before(toy, whole, tmp_
     said = capsys.readouterr().out
     assert "last.pt" in said and f"resuming from {tmp_path / 'previous.pt'}, step 11" in said
     assert same_end(tmp_path, whole)
-
-
-def test_truncated_checkpoints_only_are_one_line(toy, tmp_path, capsys):
-    (tmp_path / "last.pt").write_bytes(b"PK")
-    (tmp_path / "previous.pt").write_bytes(b"")
-    line = failing(capsys, toy, tmp_path, "--resume")
-    assert "last.pt: not a whole checkpoint" in line and "start anew with --overwrite" in line
 
 
 def test_disk_full_is_one_line_and_leaves_the_old_checkpoint(toy, tmp_path, capsys, monkeypatch):
@@ -297,8 +290,7 @@ def test_nothing_is_overwritten_by_a_second_run(script, toy, photos, tmp_path, c
     said = capsys.readouterr().out
     assert sorted(Path("runs").iterdir()) == sorted(runs) and all(f"writing to {run}\n" in said for run in runs)
     before = {path: path.read_bytes() for path in runs[0].iterdir()}
-    line = failing(capsys, folder, runs[0], "--max_steps", 1, script=script)
-    assert f"{runs[0]}: holds a run" in line and all(word in line for word in ("--out", "--resume", "--overwrite"))
+    assert f"{runs[0]}: holds a run" in failing(capsys, folder, runs[0], "--max_steps", 1, script=script)
     assert before == {path: path.read_bytes() for path in runs[0].iterdir()}
     here(folder, None, "--max_steps", 2, "--resume", script=script)  # the newest run
     assert [max(logged(run)) for run in runs] == [1, 1, 1, 2]
@@ -337,7 +329,7 @@ def test_blind_is_remembered_and_said_by_a_prediction(toy, tmp_path, capsys):
     assert said[-3:] == said[-6:-3]  # another video changes nothing
 
 
-# ---------------------------------------------------------------- several processes, as torchrun starts them; on the CPU
+# ---------------------------------------------------------------- several processes, as torchrun starts them; on a CPU
 
 
 def rank(number, port):

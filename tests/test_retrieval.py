@@ -37,12 +37,14 @@ class Job:
 
     def __init__(self, folder, task="msrvtt_retrieval", **changes):
         torch.manual_seed(0)
-        vocabulary = data.vocabulary_from_text(e.text for e in data.read_examples("msrvtt_retrieval", [folder], "train"))
+        captions = data.read_examples("msrvtt_retrieval", [folder], "train")
+        vocabulary = data.vocabulary_from_text(caption.text for caption in captions)
         self.model = clipbert.ClipBert(clipbert.ClipBertConfig.tiny(len(vocabulary)), 2).eval()
         self.examples = data.read_examples(task, [folder], "test")
         self.videos = list({example.video: example for example in self.examples}.values())
         self.collate = data.Collator(data.build_tokenizer(vocabulary), 20)
-        self.s = settings(task=task, **{"fps": 2.0, "frames": 2, "agg": "lse", "text_length": 20, "batch_size": 4} | changes)
+        given = {"fps": 2.0, "frames": 2, "agg": "lse", "text_length": 20, "batch_size": 4}
+        self.s = settings(task=task, **given | changes)
         self.parts = self.s, self.model, self.collate  # what every function of evaluation takes first
 
     def scores(self, n_clips, rerank=None):

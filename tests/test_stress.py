@@ -1,4 +1,4 @@
-"""Small samples of tests/stress.py, which damages files and runs by the thousand; and that its judges notice mistakes."""
+"""Small samples of tests/stress.py, which damages files by the thousand; and that its judge notices mistakes."""
 
 import random
 
@@ -39,9 +39,11 @@ WRONG_LABELS = {  # a reader that ...
 
 @pytest.mark.parametrize("wrong", WRONG_LABELS)
 def test_the_judge_notices_a_reader_that(wrong, tmp_path):
+    def read(*asked):
+        return WRONG_LABELS[wrong](data.read_examples(*asked))
+
     whole_files(tmp_path, "tgif_qa_action")
-    said = stress.judge_annotation("tgif_qa_action", tmp_path, lambda *asked: WRONG_LABELS[wrong](data.read_examples(*asked)))
-    assert said.startswith("not what stands there")
+    assert stress.judge_annotation("tgif_qa_action", tmp_path, read).startswith("not what stands there")
 
 
 def test_damaged_media_give_frames_or_one_clear_error(tmp_path):
@@ -65,19 +67,8 @@ def test_damaged_files_that_once_went_wrong(name, tmp_path):
     assert stress.judge_media(path) in ("read", "error")
 
 
-@pytest.fixture
-def short(monkeypatch):
+@pytest.mark.parametrize("command, size", [("kill", [2]), ("disk", []), ("soak", [100])])
+def test_disturbed_runs_end_as_the_undisturbed_one_and_leave_nothing_behind(command, size, monkeypatch):
     monkeypatch.setattr(stress, "STEPS", ["--max_steps", 12, "--save_every", 1])
-
-
-def test_killed_runs_end_as_the_undisturbed_one(short):
-    assert stress.kill(2)[1] == []
-
-
-def test_runs_without_disk_or_data_or_worker_say_one_line_and_end_as_the_undisturbed_one(short):
-    assert stress.disk()[1] == []
-
-
-def test_a_run_leaves_no_process_behind(short):
-    figures, _ = stress.soak(100)  # too short to tell how its memory grows
-    assert "exit code 0;" in figures and "; 0 processes left behind" in figures
+    figures, failures = getattr(stress, command)(*size)
+    assert not failures, figures
