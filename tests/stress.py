@@ -56,7 +56,7 @@ def judged(names, write, judge):
     verdicts, seconds, megabytes = zip(*found.values(), strict=True)
     read, clear = verdicts.count("read"), verdicts.count("error")
     figures = (f"{len(names):,} damaged files: {read:,} read, {clear:,} clear errors; at most "
-               f" {max(seconds):.1f} s and {max(megabytes):.0f} MB more than the imports take")  # fmt: skip
+               f"{max(seconds):.1f} s and {max(megabytes):.0f} MB more than the imports take")  # fmt: skip
     return figures, [
         f"{name}: {verdict}, {seconds:.1f} s, {megabytes:.0f} MB"
         for name, (verdict, seconds, megabytes) in found.items()

@@ -242,10 +242,11 @@ def test_workers_that_die_as_a_checkpoint_ends_are_one_line(toy, tmp_path):
 
 @pytest.mark.parametrize("script, own", [
     (finetune, ["--task", "tgif_qa_count", "--limit", 9, "--blind", "--seed", 3, "--lr", 1e-4, "--agg", "max"]),
-    (pretrain, ["--keep", 2, "--eval_every", 3]),  # two of four places of the grid, by torch's random state
+    # two of four places of the grid, by torch's random state; the first evaluation stays the best at such a rate
+    (pretrain, ["--keep", 2, "--eval_every", 3, "--lr", 0.03]),
 ], ids=["finetune", "pretrain"])  # fmt: skip
 def test_resume_takes_everything_from_the_checkpoint(script, own, toy, photos, tmp_path, capsys):
-    """Data, model, task, limit, blindness, random states: one flag and the folder go on to the same end."""
+    """Data, model, task, limit, blindness, random states, the best score: one flag and the folder go on to the same end."""
     folder = toy if script is finetune else photos
     here(folder, tmp_path / "whole", *own, "--max_steps", 6, "--save_every", 3, script=script)
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
