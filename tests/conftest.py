@@ -1,53 +1,39 @@
-"""What the tests share: where the project is, small toy data, and a way to call a script as a user would.
-
-Functions are imported, `from conftest import run`; fixtures are found by their names.
-"""
+"""What the tests share: toy data, and a script called as a user would. `from conftest import run`; fixtures by name."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-HERE = Path(__file__).resolve().parent
-SHARED = HERE.parents[1] / "shared"  # recorded numbers and real videos that are not part of the project: tests skip
-sys.path.insert(0, str(HERE.parent))  # wherever pytest is started
-torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads would mostly wait for each other
-
-from runs import flags
+from runs import flags  # first: it puts the project itself on the path
 
 import clipbert
 import data
 import finetune
 
-
-@pytest.fixture(scope="session")
-def toy_tgif_qa(tmp_path_factory):
-    """Twelve training and six test GIFs, with the questions of all four tasks."""
-    folder = tmp_path_factory.mktemp("toy") / "tgif_qa"
-    data.write_toy_tgif_qa(folder, train=12, test=6)
-    return folder
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared"  # recorded numbers and real videos that are not part of the project: tests skip
+torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads would mostly wait for each other
 
 
-@pytest.fixture(scope="session")
-def toy_coco(tmp_path_factory):
-    """Twenty training and six validation photos with their six captions each."""
-    folder = tmp_path_factory.mktemp("toy") / "coco_captions"
-    data.write_toy_coco(folder, train=20, val=6)
-    return folder
+def drawn(write, name, **size):
+    """A fixture: toy data of this size, drawn once, in a folder of this name."""
+
+    def draw(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("toy") / name
+        write(folder, **size)
+        return folder
+
+    return pytest.fixture(draw, scope="session")
 
 
-@pytest.fixture(scope="session")
-def toy_msrvtt(tmp_path_factory):
-    """Twelve training and six test videos."""
-    folder = tmp_path_factory.mktemp("toy") / "msrvtt"
-    data.write_toy_msrvtt(folder, train=12, test=6)
-    return folder
+toy_tgif_qa = drawn(data.write_toy_tgif_qa, "tgif_qa", train=12, test=6)  # the questions of all four tasks
+toy_coco = drawn(data.write_toy_coco, "coco_captions", train=20, val=6)  # photos with their six captions each
+toy_msrvtt = drawn(data.write_toy_msrvtt, "msrvtt", train=12, test=6)
 
 
 def run(script, *arguments):
-    """`python SCRIPT.py ARGUMENTS` in this process; script: the module finetune or pretrain. Errors end in SystemExit."""
+    """`python SCRIPT.py ARGUMENTS` in this process; script: the module finetune or pretrain. Errors: SystemExit."""
     given = flags(script, *arguments)
     job = "run_prediction" if "predict" in given else "run_evaluation" if "eval" in given else "run_training"
     clipbert.main(getattr(script, job), given)

@@ -31,27 +31,27 @@ def small(script, folder, out, *more):
     return [*where, "--batch_size", 4, "--size", 32, "--workers", 0, *clips, *more]
 
 
-def job(script, run, log, before):
-    """What a started process does: training, its output in a file."""
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
-    before()
-    clipbert.main(script.run_training, flags(script, *small(script, *run)))
-
-
 def start(folder, out, *more, before=lambda: None, script=finetune):
     """Training as a forked process, which writes what it says to <out>.txt."""
-    process = FORK.Process(target=job, args=(script, (folder, out, *more), f"{out}.txt", before))
+
+    def job():
+        sys.stdout = sys.stderr = open(f"{out}.txt", "a", buffering=1)  # noqa: SIM115
+        before()
+        clipbert.main(script.run_training, flags(script, *small(script, folder, out, *more)))
+
+    process = FORK.Process(target=job)
     process.start()
     return process
 
 
 def finish(process):
+    """Its exit code."""
     process.join()
     return process.exitcode
 
 
 def resume(folder, out, *more):
-    """Go on, with or without a checkpoint, as someone would who finds the folder."""
+    """Go on, with or without a checkpoint, as someone would who finds the folder. -> the exit code."""
     found = any((Path(out) / name).exists() for name in ("last.pt", "previous.pt"))
     return finish(start(folder, out, *more, "--resume" if found else "--overwrite"))
 
@@ -62,25 +62,28 @@ def errors(out):
     return [line for line in lines if line.startswith(("error: ", "SIG"))]
 
 
-def tensors(path):
-    """Everything in a checkpoint that a run goes on from, flattened."""
-    state = clipbert.load_checkpoint(path)
+def tensors(out):
+    """The weights, optimizer, random states and best score that a run ended with, by name."""
+    state = clipbert.load_checkpoint(out / "last.pt")
     random_states = {f"random{rank}": each["torch"] for rank, each in enumerate(state["random"])}
     moments = {f"{k}.{n}": v for k, s in state["optimizer"]["state"].items() for n, v in s.items()}
-    return state["model"] | moments | random_states
+    return state["model"] | moments | random_states | {"best": torch.tensor(state["best"])}
 
 
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one | other)
+def same_end(one, other):
+    """Whether two runs ended with the same tensors, to the bit, and the very same log."""
+    ours, twins = tensors(one), tensors(other)
+    logs = [(out / "log.jsonl").read_text() for out in (one, other)]
+    return logs[0] == logs[1] and all(torch.equal(ours[name], twins[name]) for name in ours | twins)
 
 
 def logged(out):
     """The steps in log.jsonl; ValueError if a line is not whole."""
     path = Path(out) / "log.jsonl"
-    text = path.read_text() if path.exists() else ""
-    if text and not text.endswith("\n"):
-        raise ValueError(f"half a line at the end of {path}: {text[-80:]!r}")
-    return [json.loads(line)["step"] for line in text.splitlines()]
+    *rows, rest = path.read_text().split("\n") if path.exists() else [""]
+    if rest:
+        raise ValueError(f"{path} ends in half a line: {rest!r}")
+    return [json.loads(row)["step"] for row in rows]
 
 
 def wait_for(out, step, process):

@@ -1,5 +1,5 @@
 """Tests of retrieval, multiple choice by a retrieval model, and open questions: scores against the reference's numbers,
-and the cheap order of evaluation. `pytest tests/test_retrieval.py -k golden`, or one of: evaluation, choice, precision,
+and the cheap order of evaluation. `pytest tests/test_retrieval.py -k golden`, or one of: evaluation, precision, choice,
 negatives, answers. The metrics are an exercise, see test_exercises.py."""
 
 import json
@@ -37,22 +37,21 @@ class Job:
 
     def __init__(self, folder, task="msrvtt_retrieval", **changes):
         torch.manual_seed(0)
-        vocabulary = data.vocabulary_from_text(e.text for e in data.read_examples("msrvtt_retrieval", [folder], "train"))
+        captions = data.read_examples("msrvtt_retrieval", [folder], "train")
+        vocabulary = data.vocabulary_from_text(caption.text for caption in captions)
         self.model = clipbert.ClipBert(clipbert.ClipBertConfig.tiny(len(vocabulary)), 2).eval()
         self.examples = data.read_examples(task, [folder], "test")
         self.videos = list({example.video: example for example in self.examples}.values())
         self.collate = data.Collator(data.build_tokenizer(vocabulary), 20)
         given = {"fps": 2.0, "frames": 2, "agg": "lse", "text_length": 20, "batch_size": 4}
         self.s = settings(task=task, **given | changes)
-
-    def encode(self, n_clips):
-        return finetune.encode_videos(self.s, self.model, self.collate, self.videos, n_clips)
+        self.parts = self.s, self.model, self.collate  # what every function of evaluation takes first
 
     def scores(self, n_clips, rerank=None):
         """All captions against all videos, and what could not be read."""
-        grids, errors = self.encode(n_clips)
+        grids, errors = finetune.encode_videos(*self.parts, self.videos, n_clips)
         texts = [text for example in self.examples for text in example.options or [example.text]]
-        return finetune.score_pairs(self.s, self.model, self.collate, texts, grids, rerank), errors
+        return finetune.score_pairs(*self.parts, texts, grids, rerank), errors
 
 
 def test_evaluation_of_pairs_equals_scoring_each_pair_alone_and_runs_the_cnn_once_a_video(toy_msrvtt):
@@ -92,10 +91,10 @@ def test_evaluation_in_two_stages_scores_the_best_in_full_and_ranks_all_others_b
     torch.testing.assert_close(two[chosen], full[chosen], rtol=0, atol=1e-6)
     torch.testing.assert_close(two[~chosen], one[~chosen] - 1, rtol=0, atol=1e-6)
     assert torch.equal(chosen, torch.zeros_like(chosen).scatter(1, one.topk(2).indices, True))
-    by_clips, predictions, _ = finetune.evaluate(job.s, job.model, job.collate, job.examples, [1, 4])
+    by_clips, predictions, _ = finetune.evaluate(*job.parts, job.examples, [1, 4])
     assert list(by_clips) == ["1", "4"] and len(predictions) == 6
     job.s.rerank = 6  # of six videos: all
-    assert finetune.evaluate(job.s, job.model, job.collate, job.examples, [1, 4])[0] == by_clips
+    assert finetune.evaluate(*job.parts, job.examples, [1, 4])[0] == by_clips
 
 
 def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy_msrvtt, monkeypatch):
@@ -108,24 +107,17 @@ def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy_msrv
     assert sum(mask.numel() for mask in masks) < 1.2 * sum(mask.sum() for mask in masks)
 
 
-def test_precision_of_grids_is_that_of_the_computation_and_of_scores_more(toy_msrvtt):
-    """Grids wait in half precision; the scores of pairs hardly ever agree by chance."""
-    job = Job(toy_msrvtt)
-    exact, _ = job.encode(2)
-    job.s.precision = "bf16"
-    half, _ = job.encode(2)
-    assert exact[0].dtype == torch.float32 and half[0].dtype == torch.bfloat16 and half[0].shape == (2, 4, 4, 96)
-    torch.testing.assert_close(half[1].float(), exact[1], rtol=0.05, atol=0.05 * exact[1].max())
-    scores, _ = job.scores(1)
-    assert scores.dtype == torch.float64 and len(scores.unique()) >= scores.numel() - 1
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_choice_among_captions_uses_the_scores_of_retrieval(toy_msrvtt, precision):
-    """In their precision, too, up to the rounding of other batches inside the transformer."""
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_and_choice_among_captions_are_those_of_retrieval(toy_msrvtt, precision, dtype):
+    """Grids wait in that of the computation; scores have more, so that they hardly ever agree by chance. Those of a
+    choice are the same, up to the rounding of other batches inside the transformer."""
     job = Job(toy_msrvtt, "msrvtt_mc", precision=precision)
-    results, _ = finetune.score_videos(job.s, job.model, job.collate, job.examples, 1)
+    grids, _ = finetune.encode_videos(*job.parts, job.videos, 2)
+    assert {grid.dtype for grid in grids} == {dtype} and grids[0].shape == (2, 4, 4, 96)
+    results, _ = finetune.score_videos(*job.parts, job.examples, 1)
     pairs, _ = job.scores(1)  # (captions, videos): five options an example, one video each
+    texts = {text for example in job.examples for text in example.options}
+    assert pairs.dtype == torch.float64 and len(pairs.unique()) >= len(texts) * len(job.videos) - 1
     for i, (scores, readable) in enumerate(results):
         assert readable and scores.dtype == pairs.dtype and len(scores.unique()) == 5
         place = [video.video for video in job.videos].index(job.examples[i].video)

@@ -1,20 +1,18 @@
-"""Small samples of tests/stress.py, which damages files by the thousand; and that its judges tell right from wrong."""
+"""Small samples of tests/stress.py, which damages files by the thousand; and that its judge notices mistakes."""
 
 import random
-from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
 import stress
+from conftest import SHARED
 from PIL import Image
 
 import data
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
 
 def test_damaged_annotations_are_read_as_they_stand_or_refused_in_one_line():
-    figures, failures = stress.annotations(count=8 * len(stress.LAYOUTS))
+    figures, failures = stress.annotations(8 * len(stress.LAYOUTS))
     assert not failures, figures
 
 
@@ -26,28 +24,26 @@ def whole_files(folder, layout):
 @pytest.mark.parametrize("layout", stress.LAYOUTS)
 def test_every_layout_is_read_as_a_naive_reading_has_it(layout, tmp_path):
     whole_files(tmp_path, layout)
-    assert stress.judge_annotation(tmp_path, layout) == "examples"
+    assert stress.judge_annotation(layout, tmp_path) == "read"
 
 
-WRONG_LABELS = {  # what the judge must notice: a reader that ... (video, text, options, answer)
-    "shifts answers": lambda facts: [(*fact[:3], facts[i - 1][3]) for i, fact in enumerate(facts)],
-    "drops a row": lambda facts: facts[1:],
-    "repeats a row": lambda facts: [*facts, facts[0]],
-    "swaps options": lambda facts: [(video, text, options[::-1], answer) for video, text, options, answer in facts],
-    "swaps videos": lambda facts: [(facts[0][0], *fact[1:]) for fact in facts],
-    "coerces": lambda facts: [(*fact[:3], float(fact[3])) for fact in facts],
+WRONG_LABELS = {  # a reader that ...
+    "shifts answers": lambda rows: [row._replace(answer=rows[i - 1].answer) for i, row in enumerate(rows)],
+    "drops a row": lambda rows: rows[1:],
+    "repeats a row": lambda rows: [*rows, rows[0]],
+    "swaps options": lambda rows: [row._replace(options=row.options[::-1]) for row in rows],
+    "swaps videos": lambda rows: [row._replace(video=rows[0].video) for row in rows],
+    "coerces": lambda rows: [row._replace(answer=float(row.answer)) for row in rows],
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_LABELS)
-def test_the_judge_notices_a_reader_that(wrong, tmp_path, monkeypatch):
+def test_the_judge_notices_a_reader_that(wrong, tmp_path):
     def read(*asked):
-        return WRONG_LABELS[wrong](list(map(facts, data.read_examples(*asked))))
+        return WRONG_LABELS[wrong](data.read_examples(*asked))
 
-    facts = stress.facts
-    monkeypatch.setattr(stress, "facts", lambda fact: fact)
     whole_files(tmp_path, "tgif_qa_action")
-    assert stress.judge_annotation(tmp_path, "tgif_qa_action", read).startswith("not what stands there")
+    assert stress.judge_annotation("tgif_qa_action", tmp_path, read).startswith("not what stands there")
 
 
 def test_damaged_media_give_frames_or_one_clear_error(tmp_path):
@@ -59,7 +55,7 @@ def test_damaged_media_give_frames_or_one_clear_error(tmp_path):
         writer.send(frame.tobytes())
     writer.close()
     figures, failures = stress.media(tmp_path, 20)
-    assert not failures and "20 damaged files of 2" in figures
+    assert not failures and "20 damaged files" in figures
 
 
 @pytest.mark.skipif(not (SHARED / "videos").is_dir(), reason=f"the odd real files are not here: {SHARED / 'videos'}")
@@ -68,4 +64,11 @@ def test_damaged_files_that_once_went_wrong(name, tmp_path):
     file, kind, _ = name.split()
     path = tmp_path / file
     path.write_bytes(stress.damage((SHARED / "videos" / file).read_bytes(), random.Random(name), kind))
-    assert stress.judge_media(path) in ("frames", "error")
+    assert stress.judge_media(path) in ("read", "error")
+
+
+@pytest.mark.parametrize("command, size", [("kill", [2]), ("disk", []), ("soak", [100])])
+def test_disturbed_runs_end_as_the_undisturbed_one_and_leave_nothing_behind(command, size, monkeypatch):
+    monkeypatch.setattr(stress, "STEPS", ["--max_steps", 12, "--save_every", 1])
+    figures, failures = getattr(stress, command)(*size)
+    assert not failures, figures
