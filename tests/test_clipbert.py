@@ -1,6 +1,6 @@
 """Tests of clipbert.py: the model, the official checkpoint, training as the authors' code does it, starting weights.
 One component at a time: `pytest tests/test_clipbert.py -k transformer`, or one of: official, golden, trajectory, init,
-overfit, pixels, precision, waste, start. The parts that are exercises, too (grids, visual tokens, [text; grid], clips
+overfit, precision, waste, start. The parts that are exercises, too (grids, visual tokens, [text; grid], clips
 and their aggregation, losses), have their tests in test_exercises.py.
 
 The golden_* files hold numbers recorded from the reference implementation (jayleicn/ClipBERT a118b02 on detectron2 and
@@ -19,14 +19,10 @@ import pytest
 import torch
 import torchvision
 from conftest import HERE, SHARED, learn_by_heart, settings
-from safetensors.torch import load, load_file, save_file
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from safetensors.torch import load, load_file
+from torch._subclasses import FakeTensorMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from transformers import BertConfig, BertForPreTraining, BertModel
+from transformers import BertForPreTraining, BertModel
 
 import clipbert
 import data
@@ -43,14 +39,6 @@ def part(tensors, name):
 
 GOLDEN = json.loads((HERE / "golden_clipbert.json").read_text())
 TENSORS = unpacked("golden_tensors.safetensors.gz")
-MORE = SHARED / "golden"
-
-
-def more(name):
-    """Recorded tensors that are too big to copy into tests/."""
-    if not MORE.is_dir():
-        pytest.skip(f"too big to copy into tests/, and {MORE} is not there")
-    return load_file(MORE / name)
 
 
 @pytest.fixture(autouse=True)
@@ -75,14 +63,12 @@ def batch(videos=2, frames=2, texts=1, size=64, length=8, vocab=100):
     return pixels, ids, (torch.arange(length) < lengths[:, None]).long()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The transformer against the reference
+# ---------------------------------------------------------------- the transformer against the reference
 
 
 def golden(case):
     """A recorded case -> its weights, inputs and outputs, each {name: tensor}."""
-    tensors = part(TENSORS, case) or part(more("transformer_tiny.safetensors"), case)
-    return (part(tensors, kind) for kind in ("state", "in", "out"))
+    return (part(TENSORS, f"{case}/{kind}") for kind in ("state", "in", "out"))
 
 
 def on_grids(model, state):
@@ -104,31 +90,21 @@ def gradients_match(model, norms, prefix=""):
             assert gradient.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), key
 
 
-@pytest.mark.parametrize("case, kind, num_outputs, n", [
-    ("multichoice", "choice", 1, 5), ("seqcls", "answer", 7, 1), ("seqcls_bce", "soft", 7, 1),
-    ("retrieval_ce", "match", 2, 2),
-])  # fmt: skip
-def test_transformer_and_loss_of_each_head_match_the_reference(case, kind, num_outputs, n):
-    """Text and visual embedding, every layer, pooled vector, logits and loss, to 1e-5; where recorded, each gradient."""
-    state, given, expected = golden(case)
-    model, seen = on_grids(clipbert.ClipBert(TINY, num_outputs), state), {}
-    watched = {"text_embedding_output": model.bert.embeddings, "visual_embedding_output": model.visual_embeddings,
-               "layer0": model.bert.encoder.layer[0], "layer1": model.bert.encoder.layer[1],
-               "pooled_output": model.bert.pooler}  # fmt: skip
-    for name, module in watched.items():
-        module.register_forward_hook(lambda module, args, out, name=f"act.{name}": seen.update({name: out}))
-    # the reference repeats each video for its n texts; here it is given once
-    grid = given["visual_inputs_before_repeat"] if case == "multichoice" else given["visual_inputs"][::n]
-    seen["logits"] = model(grid, given["text_input_ids"], given["text_input_mask"])
-    seen["act.visual_embedding_output"] = seen["act.visual_embedding_output"].repeat_interleave(n, 0)
-    compared = seen.keys() & expected.keys()
-    assert len(compared) >= 5
-    for name in compared:
-        close(seen[name].reshape(expected[name].shape), expected[name], 1e-5)
-    loss = clipbert.video_loss(seen["logits"], given["labels"], kind)
-    close(loss, expected["loss"].sum() / len(expected["loss"]), 1e-5)
+def test_transformer_and_loss_and_gradients_match_the_reference():
+    """Of a multiple choice, to 1e-5: text embedding, last layer, pooled vector, logits, loss; each gradient's norm."""
+    state, given, expected = golden("multichoice")
+    model = on_grids(clipbert.ClipBert(TINY, 1), state)
+    stages = {"text_embedding_output": model.bert.embeddings, "layer1": model.bert.encoder.layer[1],
+              "pooled_output": model.bert.pooler}  # fmt: skip
+    for name, module in stages.items():
+        module.register_forward_hook(lambda module, args, out, name=name: close(out, expected[f"act.{name}"], 1e-5))
+    # the reference repeats each video for its five options; here it is given once
+    p = model(given["visual_inputs_before_repeat"], given["text_input_ids"], given["text_input_mask"])
+    close(p.view(2, 5), expected["logits"], 1e-5)
+    loss = clipbert.video_loss(p, given["labels"], "choice")
+    close(loss, expected["loss"].mean(), 1e-5)
     loss.backward()
-    gradients_match(model, GOLDEN["grad_norms"].get(case, {}), "transformer.")
+    gradients_match(model, GOLDEN["grad_norms"]["multichoice"], "transformer.")
 
 
 def test_transformer_pretraining_heads_match_the_reference():
@@ -142,8 +118,7 @@ def test_transformer_pretraining_heads_match_the_reference():
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The full model in the official checkpoint's layout against the reference
+# ---------------------------------------------------------------- the full model in the official layout against the reference
 
 
 def golden_weight(key, shape):
@@ -242,8 +217,7 @@ def test_official_weights_in_a_torchvision_layout_are_refused():
             clipbert.load_official_checkpoint(clipbert.ClipBert(cfg, 1), state)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Recorded numbers of the small parts, and 20 steps of training
+# ---------------------------------------------------------------- the schedule, who decays, and 20 steps of training
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_odd"])
@@ -274,14 +248,17 @@ def test_golden_optimizer_groups():
 def test_trajectory_of_20_training_steps_is_the_references(where):
     """LogSumExp over two clips, clipped gradients, AdamW, warm-up and decay: all that an update is made of.
 
-    The beginning is eight of the 20 steps, with the mean of a clip's frames, which is all that is seen of them anyway.
+    All 20 steps are too big to copy into tests/. The beginning is eight of them, with the mean of a clip's frames.
     """
+    folder = SHARED / "golden"
     if where == "beginning":
         tensors = unpacked("golden_trajectory.safetensors.gz")
-    else:
-        tensors = part(more("trajectory.safetensors"), "classification_lse")
-        rows = json.loads((MORE / "trajectory.json").read_text())["cases"]["classification_lse"]["rows"]
+    elif folder.is_dir():
+        tensors = part(load_file(folder / "trajectory.safetensors"), "classification_lse")
+        rows = json.loads((folder / "trajectory.json").read_text())["cases"]["classification_lse"]["rows"]
         tensors |= {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+    else:
+        pytest.skip(f"the whole recording is not here: {folder}")
     start, end = part(tensors, "start"), part(tensors, "end")
     model = on_grids(clipbert.ClipBert(TINY, 7), start)
     optimizer, total = clipbert.build_optimizer(model, weight_decay=1e-3), 20
@@ -305,8 +282,7 @@ def test_trajectory_of_20_training_steps_is_the_references(where):
             assert (model.state_dict()[new] - end[name]).norm() <= 1e-2 * way, name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sanity: the first loss, and eight examples by heart
+# ---------------------------------------------------------------- sanity: the first loss, and eight examples by heart
 
 
 BASE = replace(clipbert.ClipBertConfig.base(), layers=2, vocab_size=1000)
@@ -326,23 +302,26 @@ def test_init_loss_of_every_head_is_ln_classes(cfg):
         assert every_label == pytest.approx(math.log(p.shape[-1]), rel=0.05), p.shape
 
 
-# kind -> G, the outputs, n texts a video, the right answers of B videos
-HEADS = {
-    "choice": ("mean", 1, 5, lambda B: torch.randint(0, 5, (B,))), "count": ("max", 1, 1, lambda B: torch.arange(B)),
-    "answer": ("lse", 4, 1, lambda B: torch.randint(0, 4, (B,))), "soft": ("lse", 7, 1, lambda B: torch.ones(B, 6)),
-    "match": ("lse", 2, 2, lambda B: torch.tensor([1, 0] * B)),
-}  # fmt: skip
+# kind -> G, outputs, texts a video
+HEADS = {"choice": ("mean", 1, 5), "answer": ("lse", 4, 1), "count": ("max", 1, 1), "match": ("lse", 2, 2),
+         "soft": ("lse", 7, 1)}  # fmt: skip
+
+
+def answers(kind, videos):
+    if kind == "soft":
+        return torch.ones(videos, 6)  # an output more than there are answers
+    return torch.arange(2 * videos) % 2 if kind == "match" else torch.arange(videos) % 4
 
 
 @pytest.mark.parametrize("kind", ["choice", "answer", "count"])
 def test_overfit_eight_examples(kind):
-    """Noise videos of two clips with random labels: what can learn at all gets eight of them by heart."""
-    how, num_outputs, n, answers = HEADS[kind]
+    """Noise videos of two clips with labels at random: what can learn at all gets eight of them by heart."""
+    how, num_outputs, n = HEADS[kind]
     frames, ids, mask = batch(videos=16, frames=1, size=32)
     ids, mask = (x[:8].repeat_interleave(n, dim=0) for x in (ids, mask))
     if kind == "choice":
         ids[:, 1] = torch.arange(10, 10 + n).repeat(8)  # the options of a question differ in one token
-    inputs, target = (frames.view(8, 2, 1, 3, 32, 32), ids, mask), answers(8)
+    inputs, target = (frames.view(8, 2, 1, 3, 32, 32), ids, mask), answers(kind, 8)
     model = clipbert.ClipBert(TINY, num_outputs)
 
     def loss_of():
@@ -351,15 +330,7 @@ def test_overfit_eight_examples(kind):
     learn_by_heart(model, loss_of, 150, 3e-3)
 
 
-@pytest.mark.parametrize("cfg, size, cells", [(TINY, 64, 4), (R50, 128, 2)], ids=["tiny", "resnet50"])
-def test_pixels_to_grid_stride(cfg, size, cells):
-    """Stride 16 in the toy's backbone, 64 in the paper's."""
-    grid = clipbert.ClipBert(cfg, 1).encode_frames(torch.zeros(2, 3, 3, size, 2 * size, dtype=torch.uint8))
-    assert grid.shape == (2, 3, cells, 2 * cells, 32) and cfg.stride == size // cells
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A training step: what stays, in which precision, and without waste
+# ---------------------------------------------------------------- a training step: its precision, and no waste
 
 
 def test_precision_of_scores_is_float32_under_autocast():
@@ -370,12 +341,6 @@ def test_precision_of_scores_is_float32_under_autocast():
         p = model.classify(grids, ids, torch.ones_like(ids))
     assert p.dtype == torch.float32
     assert len(clipbert.match_score(p).unique()) > 950
-
-
-def test_precision_of_a_match_tells_the_best_videos_apart():
-    """From a difference of 17 on, all probabilities would be 1 in float32."""
-    p = torch.stack([torch.zeros(1000), torch.linspace(17, 30, 1000)], 1)
-    assert len(clipbert.match_score(p).unique()) == 1000
 
 
 def test_precision_fp32_on_a_gpu_computes_without_tf32(monkeypatch):
@@ -413,38 +378,34 @@ def test_waste_nothing_is_kept_of_frozen_stages_and_the_rest_in_half_precision()
 @pytest.mark.parametrize("kind", [*HEADS, "pretraining"])
 def test_waste_a_training_step_never_waits_for_the_device(kind):
     """Forward, loss, backward, clipping, update on tensors that have a shape, but no values: whoever asks for one fails."""
-    cfg, (how, num_outputs, n, answers) = replace(TINY, dropout=0.1), HEADS.get(kind, HEADS["match"])
+    cfg, (how, num_outputs, n) = replace(TINY, dropout=0.1), HEADS.get(kind, HEADS["match"])
     with FakeTensorMode():
         frames, ids, mask = batch(videos=2, texts=n)
         labels = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
         if kind == "pretraining":
             model = clipbert.ClipBertForPreTraining(cfg)
             mlm, itm = model(frames, ids, mask, keep=5)
-            loss = clipbert.mlm_loss(mlm, labels) + clipbert.itm_loss(itm, answers(2))
+            loss = clipbert.mlm_loss(mlm, labels) + clipbert.itm_loss(itm, answers("match", 2))
         else:
             model = clipbert.ClipBert(cfg, num_outputs)
             p = clipbert.aggregate_clips(model(frames[:, None], ids, mask), how)
-            loss = clipbert.video_loss(p, answers(2), kind)
+            loss = clipbert.video_loss(p, answers(kind, 2), kind)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer = clipbert.build_optimizer(model)
         clipbert.set_step(optimizer, 1, 1e-3)
         optimizer.step()
         for read in (loss.item, lambda: labels[labels > 0], lambda: labels.repeat_interleave(mask.sum(1), 0)):
-            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):  # as any of these would
+            with pytest.raises(RuntimeError, match="aten"):  # as any of these would
                 read()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a model starts from
+# ---------------------------------------------------------------- what a model starts from
 
 # A BERT that agrees with bert-base-uncased in nothing.
-SMALL = BertConfig(
-    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, hidden_act="relu",
-    max_position_embeddings=40, layer_norm_eps=1e-5,
-)  # fmt: skip
 SIZES = {"vocab_size": 60, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 48, "activation": "relu",
          "positions": 40, "layer_norm_eps": 1e-5}  # fmt: skip
+SMALL = clipbert.bert_config(replace(clipbert.ClipBertConfig.base(), **SIZES))
 
 
 @pytest.fixture
@@ -458,54 +419,42 @@ def files(tmp_path, monkeypatch):
     for name, value in resnet.state_dict().items():
         if ".running_" in name or ".bn" in name:
             value.copy_(torch.rand_like(value.float()) + 0.5)
-    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    torch.save(resnet.state_dict(), tmp_path / "torchvision.pth")
     bert = BertForPreTraining(SMALL)
     bert.save_pretrained(tmp_path / "bert")
-    words = [*data.SPECIAL_TOKENS, *(f"word{i}" for i in range(60 - len(data.SPECIAL_TOKENS)))]
+    words = [*data.SPECIAL_TOKENS, "dog"]
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
     return SimpleNamespace(resnet=resnet, bert=bert, folder=tmp_path, words=words)
 
 
 def start(files, build=clipbert.ClipBertForPreTraining, **changes):
     """start_model with these files -> (model, vocabulary)."""
-    places = {"resnet": files.folder / "resnet.pth", "bert": files.folder / "bert"} | changes
+    places = {"resnet": files.folder / "torchvision.pth", "bert": files.folder / "bert"} | changes
     s = settings(model="base", **places)
     return clipbert.start_model(build, s, None, None, lambda: data.read_vocabulary(s.bert))
 
 
-def holds(model, weights):
-    """Whether the CNN has just these weights."""
-    own = model.cnn.resnet.state_dict()
-    return all(torch.equal(own[name], weights[name]) for name in own)
-
-
-def test_start_from_torchvisions_cnn_computes_what_that_does(files):
-    """With statistics that do something."""
-    model, _ = start(files)
-    assert holds(model, files.resnet.state_dict()) and not (model.cfg.bgr or model.cfg.caffe_strides)
-    files.resnet.avgpool = files.resnet.fc = torch.nn.Identity()
-    frames, seen = torch.randint(0, 256, (1, 1, 3, 64, 64), dtype=torch.uint8), []
-    model.cnn.grid_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model.eval().encode_frames(frames)
-    expected = files.resnet(model.cnn.normalize(frames[0])).view_as(seen[0])
-    close(seen[0], expected, 1e-4 * expected.abs().max().item())
-
-
-def test_start_from_a_cnn_in_detectron2s_layout_is_the_references(files):
-    """Its names, with other heads beside it; BGR pixels and strides as in the official checkpoint."""
+@pytest.mark.parametrize("layout", ["torchvision", "detectron2"])
+def test_start_from_a_cnn_of_either_layout(files, layout):
+    """torchvision's computes what it does there; detectron2's is the reference's start, with its pixels and strides."""
     weights, tensors = files.resnet.state_dict(), {"roi_heads.box.weight": torch.ones(1)}
     for key in GOLDEN["official_keys"]:
         name = (clipbert.official_name(key) or "").removeprefix("cnn.resnet.")
         if name in weights:  # of the sixteen blocks four
             tensors[key.removeprefix("cnn.feature.")] = weights[name]
-    torch.save(tensors, files.folder / "detector.pth")
-    model, _ = start(files, resnet=files.folder / "detector.pth")
-    assert holds(model, weights)
-    assert model.cfg == replace(clipbert.ClipBertConfig.official(), **SIZES)
+    torch.save(tensors, files.folder / "detectron2.pth")
+    model, _ = start(files, resnet=files.folder / f"{layout}.pth")
+    for name, value in model.cnn.resnet.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    cfg = {"torchvision": clipbert.ClipBertConfig.base, "detectron2": clipbert.ClipBertConfig.official}[layout]()
+    assert model.cfg == replace(cfg, **SIZES)
+    if layout == "torchvision":
+        frames, trunk = torch.randn(1, 3, 64, 64), torch.nn.Sequential(*list(files.resnet.children())[:-2])
+        close(model.cnn.resnet(frames), trunk(frames), 1e-4 * trunk(frames).max().item())
 
 
 def test_start_from_a_bert_of_another_size_sets_the_transformers(files, capsys):
-    """Sizes, words and every weight, in pretraining those of its MLM head, too; what stays at random is named."""
+    """Sizes, words and every weight, in pretraining of its MLM head, too; what stays at random is named."""
     model, vocabulary = start(files)
     assert model.cfg == replace(clipbert.ClipBertConfig.base(), **SIZES) and vocabulary == files.words
     own = model.state_dict()
@@ -513,9 +462,8 @@ def test_start_from_a_bert_of_another_size_sets_the_transformers(files, capsys):
         assert torch.equal(own[name], value), name
     random = capsys.readouterr().out.split("at random: ")[1].strip().split(", ")
     assert random == ["cnn.grid_encoder", *(name for name in random if name.startswith("visual_embeddings."))]
-    frames, ids, mask = batch(vocab=60)
-    mlm, itm = model(frames, ids, mask)
-    assert mlm.shape == (2, 8, 60) and itm.shape == (2, 2)
+    _, ids, mask = batch(vocab=60)
+    close(model.eval().bert(ids, mask)[0], files.bert.eval().bert(ids, mask)[0], 1e-5)  # with its activation and heads
 
 
 def test_start_from_a_bert_without_heads_and_of_a_model_without_them(files, capsys):
@@ -531,56 +479,49 @@ def test_start_from_a_bert_without_heads_and_of_a_model_without_them(files, caps
     close(model.bert.pooler.dense.weight, files.bert.bert.pooler.dense.weight, 0)
 
 
-def damage(files, what):
-    """Damage the file of BERT's that has the weights or the sizes, or give another ResNet."""
-    weights, config = files.folder / "bert" / "model.safetensors", files.folder / "bert" / "config.json"
-    if what == "missing":
-        tensors = load_file(weights)
-        del tensors["bert.encoder.layer.1.attention.self.query.weight"]
-        save_file(tensors, weights, {"format": "pt"})
-    elif what in ("shape", "type"):
-        changes = {"intermediate_size": 64} if what == "shape" else {"model_type": "roberta"}
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    else:
-        other = (BasicBlock, (1, 1, 1, 1)) if what == "blocks" else (Bottleneck, (1, 1, 2, 1))
-        torch.save(torchvision.models.ResNet(*other).state_dict(), files.folder / "resnet.pth")
-
-
-@pytest.mark.parametrize("what, words", [
-    ("missing", "bert: not a whole BERT"), ("shape", "bert: not a whole BERT"), ("type", "bert: holds a roberta; give"),
-    ("blocks", "resnet.pth: not a resnet50; give"), ("depth", "resnet.pth: not a resnet50; give"),
-])  # fmt: skip
-def test_start_from_what_does_not_fit_stops_in_one_line(files, what, words, caplog):
-    """Rather than train a model that is random in part. transformers would print a table besides."""
-    damage(files, what)
-    with pytest.raises(ValueError, match=f"^{files.folder}.*{words}") as raised:
-        start(files)
-    assert "\n" not in str(raised.value) and not caplog.records
-
-
-@pytest.mark.parametrize("message", ["Max retries exceeded\nand more", ""], ids=["message", "no-message"])
-@pytest.mark.parametrize("which", ["resnet", "bert"])
-def test_start_without_network_lists_the_choices(files, monkeypatch, which, message):
-    """One line, whichever download fails and whatever the hub says about it (nothing, sometimes)."""
-
-    def no_network(*args, **kwargs):
-        raise TimeoutError(message)
-
-    monkeypatch.setattr(BertForPreTraining, "from_pretrained", no_network if which == "bert" else lambda *a, **k: (0, {}))
-    monkeypatch.setattr(torchvision.models, "get_model", no_network)
-    with pytest.raises(ValueError, match="TimeoutError") as raised:
-        start(files, bert=None, resnet=None)
-    assert all(choice in str(raised.value) for choice in ("--resnet", "--bert", "--init", "--scratch"))
+def stops_in_one_line(files, words, **changes):
+    """Rather than train a model that is random in part."""
+    with pytest.raises(ValueError, match=words) as raised:
+        start(files, **changes)
     assert "\n" not in str(raised.value)
 
 
-def test_start_from_a_checkpoint_of_ours_brings_its_sizes_and_words(tmp_path):
+@pytest.mark.parametrize("changes, words", [
+    ({"num_hidden_layers": 3}, "not a whole BERT"), ({"intermediate_size": 64}, "not a whole BERT"),
+    ({"model_type": "roberta"}, "holds a roberta; give a BERT"),
+])  # fmt: skip
+def test_start_from_a_bert_that_is_not_what_it_says_stops(files, changes, words, caplog):
+    """Tensors that are missing or of another shape, another transformer. transformers would print a table besides."""
+    config = files.folder / "bert" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    stops_in_one_line(files, f"^{config.parent}: {words}")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("other", [(BasicBlock, (1, 1, 1, 1)), (Bottleneck, (1, 1, 2, 1))], ids=["shapes", "depth"])
+def test_start_from_another_resnet_stops(files, other):
+    torch.save(torchvision.models.ResNet(*other).state_dict(), files.folder / "other.pth")
+    stops_in_one_line(files, "other.pth: not a resnet50; give torchvision's resnet50-", resnet=files.folder / "other.pth")
+
+
+@pytest.mark.parametrize("which", ["resnet", "bert"])
+def test_start_without_network_lists_the_choices(files, monkeypatch, which):
+    """Whichever download fails, and whatever the hub says about it."""
+
+    def no_network(*args, **kwargs):
+        raise TimeoutError("Max retries exceeded\nand more" if which == "bert" else "")
+
+    if which == "bert":
+        monkeypatch.setattr(BertForPreTraining, "from_pretrained", no_network)
+    monkeypatch.setattr(torchvision.models, "get_model", no_network)
+    stops_in_one_line(files, "TimeoutError.*--resnet.*--bert.*--init.*--scratch", resnet=None)
+
+
+def test_start_from_a_checkpoint_of_ours_brings_its_sizes_and_words():
     """Whatever this run's own would be: every field of the configuration, every weight."""
     cfg = replace(TINY, caffe_strides=True, bgr=True, pixel_std=(1.0, 2.0, 3.0), positions=40, activation="relu")
     first = clipbert.ClipBert(cfg, 3)
-    torch.save({"config": asdict(cfg), "model": first.state_dict(), "vocabulary": ["a"]}, tmp_path / "last.pt")
-    state = clipbert.load_checkpoint(tmp_path / "last.pt")
-    s = settings(init=tmp_path / "last.pt")
+    state, s = {"config": asdict(cfg), "model": first.state_dict(), "vocabulary": ["a"]}, settings(init="last.pt")
     model, vocabulary = clipbert.start_model(lambda cfg: clipbert.ClipBert(cfg, 3), s, state, None, None)
     assert model.cfg == cfg and vocabulary == ["a"]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in first.state_dict().items())
