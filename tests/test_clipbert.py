@@ -91,13 +91,9 @@ def gradients_match(model, norms, prefix=""):
 
 
 def test_transformer_and_loss_and_gradients_match_the_reference():
-    """Of a multiple choice, to 1e-5: text embedding, last layer, pooled vector, logits, loss; each gradient's norm."""
+    """Of a multiple choice: its logits and loss to 1e-5, the norm of each gradient to 1e-3 of it."""
     state, given, expected = golden("multichoice")
     model = on_grids(clipbert.ClipBert(TINY, 1), state)
-    stages = {"text_embedding_output": model.bert.embeddings, "layer1": model.bert.encoder.layer[1],
-              "pooled_output": model.bert.pooler}  # fmt: skip
-    for name, module in stages.items():
-        module.register_forward_hook(lambda module, args, out, name=name: close(out, expected[f"act.{name}"], 1e-5))
     # the reference repeats each video for its five options; here it is given once
     p = model(given["visual_inputs_before_repeat"], given["text_input_ids"], given["text_input_mask"])
     close(p.view(2, 5), expected["logits"], 1e-5)
@@ -127,11 +123,9 @@ def golden_weight(key, shape):
     fan_in = math.prod(shape[1:])
     if key.endswith(".running_var"):
         return 1 + 0.1 * r.abs()
-    if key.endswith(".running_mean"):
-        return 0.1 * r
     if key.endswith((".norm.weight", ".LayerNorm.weight")):
         return 1 + 0.1 * r
-    if key.endswith("bias"):
+    if key.endswith((".running_mean", "bias")):
         return 0.1 * r
     if key.endswith("embeddings.weight"):
         return 0.5 * r
@@ -293,35 +287,30 @@ BASE = replace(clipbert.ClipBertConfig.base(), layers=2, vocab_size=1000)
 def test_init_loss_of_every_head_is_ln_classes(cfg):
     """A new model has no opinion: 5 options, 1540 answers, matching or not, 1000 words; counting starts near zero."""
     inputs = batch(videos=2, texts=5, vocab=1000)
-    scores = [clipbert.ClipBert(cfg, outputs)(*inputs) for outputs in (1, 1540)]
+    models = [clipbert.ClipBert(cfg, 1), clipbert.ClipBert(cfg, 1540)]
+    scores = [model(*inputs) for model in models]
     if cfg is BASE:  # with BERT's initial scale
         scores += clipbert.ClipBertForPreTraining(cfg)(*inputs)
+    assert models[0].bert.embeddings.word_embeddings.weight.std().item() == pytest.approx(cfg.init_std, rel=0.1)
     assert scores[0].abs().max() < 1
     for p in (scores[0].view(2, 5), *scores[1:]):
         every_label = -p.log_softmax(-1).mean().item()  # cross entropy, each label once for each video
         assert every_label == pytest.approx(math.log(p.shape[-1]), rel=0.05), p.shape
 
 
-# kind -> G, outputs, texts a video
-HEADS = {"choice": ("mean", 1, 5), "answer": ("lse", 4, 1), "count": ("max", 1, 1), "match": ("lse", 2, 2),
-         "soft": ("lse", 7, 1)}  # fmt: skip
-
-
-def answers(kind, videos):
-    if kind == "soft":
-        return torch.ones(videos, 6)  # an output more than there are answers
-    return torch.arange(2 * videos) % 2 if kind == "match" else torch.arange(videos) % 4
+# kind of answer -> G, K, n texts a video
+HEADS = {"choice": ("mean", 1, 5), "answer": ("lse", 4, 1), "count": ("max", 1, 1), "match": ("lse", 2, 2), "soft": ("lse", 7, 1)}
 
 
 @pytest.mark.parametrize("kind", ["choice", "answer", "count"])
 def test_overfit_eight_examples(kind):
-    """Noise videos of two clips with labels at random: what can learn at all gets eight of them by heart."""
+    """Noise videos of two clips with any labels: what can learn at all gets eight of them by heart."""
     how, num_outputs, n = HEADS[kind]
     frames, ids, mask = batch(videos=16, frames=1, size=32)
     ids, mask = (x[:8].repeat_interleave(n, dim=0) for x in (ids, mask))
     if kind == "choice":
         ids[:, 1] = torch.arange(10, 10 + n).repeat(8)  # the options of a question differ in one token
-    inputs, target = (frames.view(8, 2, 1, 3, 32, 32), ids, mask), answers(kind, 8)
+    inputs, target = (frames.view(8, 2, 1, 3, 32, 32), ids, mask), torch.arange(8) % 4
     model = clipbert.ClipBert(TINY, num_outputs)
 
     def loss_of():
@@ -378,24 +367,26 @@ def test_waste_nothing_is_kept_of_frozen_stages_and_the_rest_in_half_precision()
 @pytest.mark.parametrize("kind", [*HEADS, "pretraining"])
 def test_waste_a_training_step_never_waits_for_the_device(kind):
     """Forward, loss, backward, clipping, update on tensors that have a shape, but no values: whoever asks for one fails."""
-    cfg, (how, num_outputs, n) = replace(TINY, dropout=0.1), HEADS.get(kind, HEADS["match"])
+    how, num_outputs, n = HEADS.get(kind, HEADS["match"])
+    cfg = replace(TINY, dropout=0.1)
     with FakeTensorMode():
         frames, ids, mask = batch(videos=2, texts=n)
+        target = torch.rand(2, 6) if kind == "soft" else torch.randint(2, (4 if n == 2 else 2,))
         labels = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
         if kind == "pretraining":
             model = clipbert.ClipBertForPreTraining(cfg)
             mlm, itm = model(frames, ids, mask, keep=5)
-            loss = clipbert.mlm_loss(mlm, labels) + clipbert.itm_loss(itm, answers("match", 2))
+            loss = clipbert.mlm_loss(mlm, labels) + clipbert.itm_loss(itm, target)
         else:
             model = clipbert.ClipBert(cfg, num_outputs)
             p = clipbert.aggregate_clips(model(frames[:, None], ids, mask), how)
-            loss = clipbert.video_loss(p, answers(kind, 2), kind)
+            loss = clipbert.video_loss(p, target, kind)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer = clipbert.build_optimizer(model)
         clipbert.set_step(optimizer, 1, 1e-3)
         optimizer.step()
-        for read in (loss.item, lambda: labels[labels > 0], lambda: labels.repeat_interleave(mask.sum(1), 0)):
+        for read in (loss.item, lambda: labels[labels > 0], lambda: bool(target.any())):
             with pytest.raises(RuntimeError, match="aten"):  # as any of these would
                 read()
 
