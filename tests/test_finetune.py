@@ -1,10 +1,13 @@
 """Tests of the fine-tuning script on a handful of toy videos. One property at a time: `pytest tests/test_finetune.py -k
-order`, or one of: accumulation, task, seed, init, unreadable, missing, blind, predict, judge, count, real. How runs stop
-and go on: test_reliability.py; wrong commands: test_commands.py.
+order`, or one of: accumulation, task, seed, init, unreadable, missing, blind, predict, judge, count. How runs stop and
+go on: test_reliability.py; wrong commands: test_commands.py.
 """
 
+import functools
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,15 +38,31 @@ def test_order_and_clips_and_captions_are_random_independently():
     """No two streams of numbers are the same: not those of two seeds, purposes, epochs or examples."""
     orders = {tuple(i for _, i in batch) for seed in range(5) for batch in data.training_order(20, 20, 6, seed)}
     assert len(orders) == 5 * 6  # with seeds + epochs they were 10
-    keys = [(seed, purpose, epoch, index) for seed in range(4) for purpose in ("order", "clips", "texts")
-            for epoch in range(4) for index in range(4)]  # fmt: skip
-    assert len({tuple(torch.rand(4, generator=data.generator_of(*key)).tolist()) for key in keys}) == len(keys)
-    assert torch.equal(*(torch.rand(4, generator=data.generator_of(1, "clips", 2, 3)) for _ in range(2)))
+    keys = list(itertools.product(range(4), ("order", "clips", "texts"), range(4), range(4)))
+    drawn = [tuple(torch.rand(4, generator=data.generator_of(*key)).tolist()) for key in keys * 2]
+    assert len(set(drawn)) == len(keys) and drawn[: len(keys)] == drawn[len(keys) :]  # but each is always the same
 
 
 def test_order_shows_every_example_once_an_epoch():
     keys = [key for batch in data.training_order(10, 4, n_batches=10, seed=1) for key in batch]
     assert sorted(keys) == [(epoch, i) for epoch in range(4) for i in range(10)]
+
+
+def items(folder, **changes):
+    """The training set of a folder, as the loop reads it: [epoch, place] -> example, clips."""
+    examples = data.read_examples("tgif_qa_action", [folder], "train")
+    return data.ClipDataset(examples, settings(**changes), n_clips=2, train=True)
+
+
+def test_order_and_clips_do_not_depend_on_the_reader(toy_tgif_qa):
+    one, other = items(toy_tgif_qa), items(toy_tgif_qa)
+    other[0, 3]  # reading something else first changes nothing
+    assert torch.equal(one[1, 2]["frames"], other[1, 2]["frames"])
+    assert not torch.equal(one[0, 2]["frames"], one[1, 2]["frames"])  # another epoch, other random clips
+
+
+def test_blind_runs_see_black_frames_only(toy_tgif_qa):
+    assert items(toy_tgif_qa)[0, 0]["frames"].any() and not items(toy_tgif_qa, blind=True)[0, 0]["frames"].any()
 
 
 def test_accumulation_is_the_update_of_a_large_batch(toy_tgif_qa, tmp_path):
@@ -55,14 +74,6 @@ def test_accumulation_is_the_update_of_a_large_batch(toy_tgif_qa, tmp_path):
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
-
-
-def test_order_and_clips_do_not_depend_on_the_reader(toy_tgif_qa):
-    examples = data.read_examples("tgif_qa_action", [toy_tgif_qa], "train")
-    one, other = (data.ClipDataset(examples, settings(), n_clips=2, train=True) for _ in range(2))
-    other[0, 3]  # reading something else first changes nothing
-    assert torch.equal(one[1, 2]["frames"], other[1, 2]["frames"])
-    assert not torch.equal(one[0, 2]["frames"], one[1, 2]["frames"])  # another epoch, other random clips
 
 
 # ---------------------------------------------------------------- the run
@@ -85,15 +96,29 @@ def test_task_trains_evaluates_and_leaves_its_files(kind, toy_tgif_qa, tmp_path)
     assert (out / "metrics.json").read_bytes() == before
 
 
-def test_task_table_holds_the_papers_settings():
-    def settled(model, **given):
-        return clipbert.settle(finetune.Settings, finetune.row("tgif_qa_action", model), given)
+def begun(monkeypatch, toy, out, *more):
+    """config.json of a run that is stopped as its training begins."""
 
-    s = settled("base")
-    assert (s.size, s.frames, s.train_clips, s.agg, s.text_length) == (448, 1, 1, "mean", 25)
-    assert (s.batch_size * s.grad_accum, s.lr, s.epochs, s.max_steps) == (32, 1e-4, 15, None)
-    s = settled("tiny", epochs=2)
-    assert (s.size, s.epochs, s.max_steps) == (64, 2, None)  # as many epochs as asked for
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "train", stop)
+    with pytest.raises(SystemExit):
+        run(finetune, "--data", toy, "--out", out, *more)
+    return json.loads((out / "config.json").read_text())
+
+
+def test_task_table_holds_the_papers_settings(toy_tgif_qa, tmp_path, monkeypatch):
+    small = clipbert.ClipBertConfig(hidden_size=32, layers=1, heads=2, intermediate_size=32)
+    monkeypatch.setattr(clipbert.ClipBertConfig, "base", classmethod(lambda cls: small))
+    s = begun(monkeypatch, toy_tgif_qa, tmp_path / "base", "--model", "base", "--scratch")
+    paper = {"size": 448, "frames": 1, "train_clips": 1, "agg": "mean", "text_length": 25, "lr": 1e-4, "epochs": 15}
+    assert {name: s[name] for name in paper} == paper
+    assert s["batch_size"] * s["grad_accum"] == 32 and s["max_steps"] is None
+    assert s["config"]["backbone"] == "resnet50" and s["config"]["hidden_size"] == 32
+    s = begun(monkeypatch, toy_tgif_qa, tmp_path / "tiny", "--epochs", 2)
+    assert (s["size"], s["epochs"], s["max_steps"]) == (64, 2, None)  # as many epochs as asked for
+    assert s["config"]["backbone"] == "tiny"
 
 
 def test_seed_decides_everything(toy_tgif_qa, tmp_path):
@@ -107,26 +132,11 @@ def test_seed_decides_everything(toy_tgif_qa, tmp_path):
 
 def test_init_reports_what_fits_and_carries_the_vocabulary(toy_tgif_qa, tmp_path, capsys):
     short(toy_tgif_qa, tmp_path / "action")
-    capsys.readouterr()
-    checkpoint = tmp_path / "action" / "best.pt"
-    short(toy_tgif_qa, tmp_path / "frameqa", "--init", checkpoint, task="tgif_qa_frameqa")
+    init = ("--init", tmp_path / "action" / "best.pt")
+    short(toy_tgif_qa, tmp_path / "frameqa", *init, task="tgif_qa_frameqa")
     assert "classifier.2.weight (1, 192), here (1540, 192)" in capsys.readouterr().out
     a, b = (clipbert.load_checkpoint(tmp_path / name / "best.pt") for name in ("action", "frameqa"))
     assert a["vocabulary"] == b["vocabulary"]
-
-
-def test_init_from_a_lighter_backbone_remembers_it(toy_tgif_qa, tmp_path, monkeypatch, capsys):
-    small = clipbert.ClipBertConfig(hidden_size=32, layers=1, heads=2, intermediate_size=32)
-    monkeypatch.setattr(clipbert.ClipBertConfig, "base", classmethod(lambda cls: small))
-    out = tmp_path / "run"
-    first = short(toy_tgif_qa, out, "--model", "base", "--backbone", "resnet18", "--scratch", "--size", 64,
-                  "--max_steps", 1)  # fmt: skip
-    state = clipbert.load_checkpoint(out / "best.pt")
-    assert state["config"]["backbone"] == "resnet18" and "cnn.resnet.layer4.1.conv2.weight" in state["model"]
-    run(finetune, "--data", toy_tgif_qa, "--eval", out / "best.pt", "--out", tmp_path)
-    assert metrics(tmp_path, "-best-tgif_qa_action-test-tgif_qa")["by_clips"] == first["by_clips"]
-    flags = ("--data", toy_tgif_qa, "--init", out / "best.pt", "--model", "base", "--backbone", "resnet50")
-    assert "best.pt: a checkpoint of resnet18; leave out --backbone resnet50" in failing(capsys, finetune, *flags)
 
 
 # ---------------------------------------------------------------- bad input
@@ -149,12 +159,8 @@ def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(brok
     assert said["unreadable"] == 1 and said["examples"] == 6
     rows = lines(tmp_path / "out" / "predictions.jsonl")
     assert [row["accuracy"] for row in rows if row["video"] == "toy_test_0001"] == [False]
-
-
-def test_unreadable_examples_are_replaced_by_the_next(broken):
-    examples = data.read_examples("tgif_qa_action", [broken], "train")
-    item = data.ClipDataset(examples, settings(), n_clips=1, train=True)[0, 2]
-    assert item["example"] == examples[3] and len(item["unreadable"]) == 1
+    item = items(broken)[0, 2]
+    assert item["example"] == items(broken).examples[3] and len(item["unreadable"]) == 1  # the next one
 
 
 def test_missing_videos_are_counted_and_stop_the_run(toy_tgif_qa, tmp_path, capsys):
@@ -166,12 +172,6 @@ def test_missing_videos_are_counted_and_stop_the_run(toy_tgif_qa, tmp_path, caps
     assert short(folder, tmp_path / "out", "--allow_missing")["examples"] == 6
     shutil.copytree(toy_tgif_qa, none, ignore=shutil.ignore_patterns("gifs"))
     assert "12 of 12" in failing(capsys, finetune, "--data", none, "--out", tmp_path / "x", "--allow_missing")
-
-
-def test_blind_runs_see_black_frames_only(toy_tgif_qa):
-    examples = data.read_examples("tgif_qa_action", [toy_tgif_qa], "train")
-    seen, blind = (data.ClipDataset(examples, settings(blind=blind), n_clips=1, train=True) for blind in (False, True))
-    assert seen[0, 0]["frames"].any() and not blind[0, 0]["frames"].any()
 
 
 # ---------------------------------------------------------------- one video, one example
@@ -188,43 +188,44 @@ def test_predict_ranks_the_given_options(toy_tgif_qa, tmp_path, capsys):
     assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.5
 
 
-def test_predict_judges_each_caption_for_itself(tmp_path, capsys):
+def test_predict_judges_each_caption_for_itself(toy_msrvtt, tmp_path, capsys):
     """--question and --options of a retrieval model are captions, scored as one of them alone is."""
-    data.write_toy_msrvtt(tmp_path / "toy", train=8, test=8)
-    run(finetune, "--task", "msrvtt_retrieval", "--data", tmp_path / "toy", "--out", tmp_path / "run", "--max_steps", 1,
+    run(finetune, "--task", "msrvtt_retrieval", "--data", toy_msrvtt, "--out", tmp_path, "--max_steps", 1,
         "--batch_size", 2, "--test_clips", 1)  # fmt: skip
     said, captions = [], ["the star does jump", "a blue square", "it spins"]
     for given in (["--question", captions[0], "--options", *captions[1:]], *(["--question", text] for text in captions)):
         capsys.readouterr()
-        run(finetune, "--eval", tmp_path / "run" / "best.pt", "--predict", next((tmp_path / "toy").rglob("*.gif")), *given)
+        run(finetune, "--eval", tmp_path / "best.pt", "--predict", next(toy_msrvtt.rglob("*.gif")), *given)
         said.append(capsys.readouterr().out.split("itself\n")[1].splitlines())
     assert sorted(said[0]) == sorted(line for lines in said[1:] for line in lines) and len(said[0]) == 3
 
 
-def judged(task, example, scores, readable=True, answers=None):
-    row = finetune.judge(finetune.TASKS[task], example, torch.tensor(scores), readable, answers)
-    return row["prediction"], row.get("accuracy")
+def judged(monkeypatch, task, answers, *scores, readable=True, names=None):
+    """evaluate's metrics and predictions of examples with these answers, whose scores are known."""
+    options = ("a", "b") if task == "tgif_qa_action" else ()
+    examples = [data.Example("1", "v", "q", options=options, answer=answer) for answer in answers]
+    results = [(torch.tensor(p), readable) for p in scores]
+    monkeypatch.setattr(finetune, "score_videos", lambda *arguments: (results, []))
+    collate = SimpleNamespace(answers=names)
+    by_clips, rows, _ = finetune.evaluate(settings(task=task), None, collate, examples, [3])
+    return by_clips["3"], [row["prediction"] for row in rows]
 
 
-def test_judge_right_wrong_unreadable_and_unused_outputs():
-    choice = data.Example("1", "v", "q", options=("a", "b"), answer=1)
-    assert judged("tgif_qa_action", choice, [0.0, 1.0]) == ("b", True)
-    assert judged("tgif_qa_action", choice, [1.0, 0.0]) == ("a", False)
-    assert judged("tgif_qa_action", choice, [0.0, 1.0], readable=False) == (None, False)
-    open_ended, answers = data.Example("1", "v", "q", answer="red"), ["blue", "red"]
-    assert judged("tgif_qa_frameqa", open_ended, [0.0, 1.0, 0.5], answers=answers) == ("red", True)
-    assert judged("tgif_qa_frameqa", open_ended, [0.0, 0.5, 1.0], answers=answers) == (None, False)
+def test_judge_right_wrong_unreadable_and_unused_outputs(monkeypatch):
+    choice = functools.partial(judged, monkeypatch, "tgif_qa_action", [1, 1, 0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0])
+    assert choice() == ({"accuracy": pytest.approx(200 / 3, abs=1e-3)}, ["b", "a", "a"])
+    assert choice(readable=False) == ({"accuracy": 0.0}, [None] * 3)
+    scores = [0.0, 1.0, 0.5], [0.0, 0.5, 1.0]  # FrameQA has an output more than there are answers
+    said = judged(monkeypatch, "tgif_qa_frameqa", ["red", "red"], *scores, names=["blue", "red"])
+    assert said == ({"accuracy": 50.0}, ["red", None])
 
 
-def test_count_is_judged_raw_and_as_a_whole_number_from_1_to_10():
+def test_count_is_judged_raw_and_as_a_whole_number_from_1_to_10(monkeypatch):
     """The squared error of the output, and the one that papers print; predictions hold the number that is meant."""
-    examples = [data.Example(str(i), "v", "q", answer=answer) for i, answer in enumerate((3, 2, 10))]
-    rows = [finetune.judge(finetune.TASKS["tgif_qa_count"], example, torch.tensor([output]), True, None)
-            for example, output in zip(examples, (3.4, -1.0, 12.5), strict=True)]  # fmt: skip
-    assert [row["prediction"] for row in rows] == [3, 1, 10]
-    said = finetune.metrics(finetune.TASKS["tgif_qa_count"], examples, rows)
-    assert said["mse"] == pytest.approx((0.4**2 + 3**2 + 2.5**2) / 3, abs=1e-4)
-    assert said["mse_rounded"] == pytest.approx((0 + 1 + 0) / 3, abs=1e-4)
+    errors, predictions = judged(monkeypatch, "tgif_qa_count", [3, 2, 10], [3.4], [-1.0], [12.5])
+    assert predictions == [3, 1, 10]
+    assert errors["mse"] == pytest.approx((0.4**2 + 3**2 + 2.5**2) / 3, abs=1e-4)
+    assert errors["mse_rounded"] == pytest.approx((0 + 1 + 0) / 3, abs=1e-4)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real GIFs are not here: {SHARED}")
