@@ -1,9 +1,8 @@
 """Tests of the fine-tuning script on a handful of toy videos. One property at a time: `pytest tests/test_finetune.py -k
-order`, or one of: accumulation, task, seed, init, unreadable, missing, blind, predict, judge, count. How runs stop and
-go on: test_reliability.py; wrong commands: test_commands.py.
+order`, or one of: blind, accumulation, task, init, unreadable, missing, predict, judge, real. How runs stop and go on:
+test_reliability.py; wrong commands: test_commands.py.
 """
 
-import functools
 import itertools
 import json
 import shutil
@@ -22,8 +21,8 @@ KINDS = ["action", "transition", "frameqa", "count"]
 
 def short(toy, out, *more, task="tgif_qa"):
     """A run of four steps; of several flags the last one counts. -> its metrics."""
-    run(finetune, "--task", task, "--data", toy, "--out", out, "--batch_size", 4, "--max_steps", 4, "--test_clips", 1, 2,
-        "--workers", 0, *more)  # fmt: skip
+    run(finetune, "--task", task, "--data", toy, "--out", out, "--batch_size", 4, "--max_steps", 4,
+        "--test_clips", 1, 2, "--workers", 0, *more)  # fmt: skip
     return metrics(out)
 
 
@@ -31,21 +30,15 @@ def steps(out):
     return [row["step"] for row in lines(out / "log.jsonl")]
 
 
-# ---------------------------------------------------------------- what is random, and in which order
-
-
 def test_order_and_clips_and_captions_are_random_independently():
-    """No two streams of numbers are the same: not those of two seeds, purposes, epochs or examples."""
+    """An epoch has every example once; no two seeds, purposes, epochs or examples share their numbers."""
+    keys = [key for batch in data.training_order(10, 4, n_batches=10, seed=1) for key in batch]
+    assert sorted(keys) == [(epoch, i) for epoch in range(4) for i in range(10)]
     orders = {tuple(i for _, i in batch) for seed in range(5) for batch in data.training_order(20, 20, 6, seed)}
     assert len(orders) == 5 * 6  # with seeds + epochs they were 10
     keys = list(itertools.product(range(4), ("order", "clips", "texts"), range(4), range(4)))
     drawn = [tuple(torch.rand(4, generator=data.generator_of(*key)).tolist()) for key in keys * 2]
     assert len(set(drawn)) == len(keys) and drawn[: len(keys)] == drawn[len(keys) :]  # but each is always the same
-
-
-def test_order_shows_every_example_once_an_epoch():
-    keys = [key for batch in data.training_order(10, 4, n_batches=10, seed=1) for key in batch]
-    assert sorted(keys) == [(epoch, i) for epoch in range(4) for i in range(10)]
 
 
 def items(folder, **changes):
@@ -65,18 +58,17 @@ def test_blind_runs_see_black_frames_only(toy_tgif_qa):
     assert items(toy_tgif_qa)[0, 0]["frames"].any() and not items(toy_tgif_qa, blind=True)[0, 0]["frames"].any()
 
 
-def test_accumulation_is_the_update_of_a_large_batch(toy_tgif_qa, tmp_path):
+def test_accumulation_and_workers_change_nothing_and_the_seed_everything(toy_tgif_qa, tmp_path):
     """2 x 3 and 6 x 1, 24 examples in epochs of 7: the same weights but for the order of sums."""
     options = ("--limit", 7, "--lr", 1e-4, "--test_clips", 1)
     short(toy_tgif_qa, tmp_path / "one", "--batch_size", 6, *options)
-    short(toy_tgif_qa, tmp_path / "two", "--batch_size", 3, "--grad_accum", 2, *options)
+    short(toy_tgif_qa, tmp_path / "two", "--batch_size", 3, "--grad_accum", 2, "--workers", 1, *options)
+    short(toy_tgif_qa, tmp_path / "other", "--batch_size", 6, "--seed", 1, *options)
     assert steps(tmp_path / "one") == steps(tmp_path / "two") == [1, 2, 3, 4]
-    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    one, two, other = (weights(tmp_path / name) for name in ("one", "two", "other"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
-
-
-# ---------------------------------------------------------------- the run
+    assert (one["classifier.0.weight"] - other["classifier.0.weight"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,38 +88,25 @@ def test_task_trains_evaluates_and_leaves_its_files(kind, toy_tgif_qa, tmp_path)
     assert (out / "metrics.json").read_bytes() == before
 
 
-def begun(monkeypatch, toy, out, *more):
-    """config.json of a run that is stopped as its training begins."""
+def test_task_table_holds_the_papers_settings(toy_tgif_qa, tmp_path, monkeypatch):
+    """config.json of a base and a tiny model, of runs that are stopped as training begins."""
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "train", stop)
-    with pytest.raises(SystemExit):
-        run(finetune, "--data", toy, "--out", out, *more)
-    return json.loads((out / "config.json").read_text())
-
-
-def test_task_table_holds_the_papers_settings(toy_tgif_qa, tmp_path, monkeypatch):
     small = clipbert.ClipBertConfig(hidden_size=32, layers=1, heads=2, intermediate_size=32)
     monkeypatch.setattr(clipbert.ClipBertConfig, "base", classmethod(lambda cls: small))
-    s = begun(monkeypatch, toy_tgif_qa, tmp_path / "base", "--model", "base", "--scratch")
+    monkeypatch.setattr(finetune, "train", stop)
+    for flags in (["--model", "base", "--scratch"], ["--model", "tiny", "--epochs", 2]):
+        with pytest.raises(SystemExit):
+            run(finetune, "--data", toy_tgif_qa, "--out", tmp_path / flags[1], *flags)
+    base, tiny = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "tiny"))
     paper = {"size": 448, "frames": 1, "train_clips": 1, "agg": "mean", "text_length": 25, "lr": 1e-4, "epochs": 15}
-    assert {name: s[name] for name in paper} == paper
-    assert s["batch_size"] * s["grad_accum"] == 32 and s["max_steps"] is None
-    assert s["config"]["backbone"] == "resnet50" and s["config"]["hidden_size"] == 32
-    s = begun(monkeypatch, toy_tgif_qa, tmp_path / "tiny", "--epochs", 2)
-    assert (s["size"], s["epochs"], s["max_steps"]) == (64, 2, None)  # as many epochs as asked for
-    assert s["config"]["backbone"] == "tiny"
-
-
-def test_seed_decides_everything(toy_tgif_qa, tmp_path):
-    one = short(toy_tgif_qa, tmp_path / "1")
-    assert one["by_clips"] == short(toy_tgif_qa, tmp_path / "2", "--workers", 1)["by_clips"]
-    short(toy_tgif_qa, tmp_path / "3", "--seed", 1)
-    first, second, third = (weights(tmp_path / n) for n in ("1", "2", "3"))
-    assert all(torch.equal(first[k], second[k]) for k in first)
-    assert any(not torch.equal(first[k], third[k]) for k in first)
+    assert {name: base[name] for name in paper} == paper
+    assert base["batch_size"] * base["grad_accum"] == 32 and base["max_steps"] is None
+    assert (tiny["size"], tiny["epochs"], tiny["max_steps"]) == (64, 2, None)  # as many epochs as asked for
+    assert (base["config"]["backbone"], tiny["config"]["backbone"]) == ("resnet50", "tiny")
+    assert base["config"]["frozen_stages"] == 0  # nothing to protect in random weights
 
 
 def test_init_reports_what_fits_and_carries_the_vocabulary(toy_tgif_qa, tmp_path, capsys):
@@ -137,9 +116,6 @@ def test_init_reports_what_fits_and_carries_the_vocabulary(toy_tgif_qa, tmp_path
     assert "classifier.2.weight (1, 192), here (1540, 192)" in capsys.readouterr().out
     a, b = (clipbert.load_checkpoint(tmp_path / name / "best.pt") for name in ("action", "frameqa"))
     assert a["vocabulary"] == b["vocabulary"]
-
-
-# ---------------------------------------------------------------- bad input
 
 
 @pytest.fixture
@@ -164,68 +140,59 @@ def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(brok
 
 
 def test_missing_videos_are_counted_and_stop_the_run(toy_tgif_qa, tmp_path, capsys):
-    folder, none = tmp_path / "data", tmp_path / "none"
+    folder = tmp_path / "data"
     shutil.copytree(toy_tgif_qa, folder)
     for i in range(5):
         (folder / "gifs" / f"toy_train_{i:04d}.gif").unlink()
     assert "5 of 12 train videos are missing" in failing(capsys, finetune, "--data", folder, "--out", tmp_path / "out")
     assert short(folder, tmp_path / "out", "--allow_missing")["examples"] == 6
-    shutil.copytree(toy_tgif_qa, none, ignore=shutil.ignore_patterns("gifs"))
-    assert "12 of 12" in failing(capsys, finetune, "--data", none, "--out", tmp_path / "x", "--allow_missing")
+    shutil.rmtree(folder / "gifs")
+    assert "12 of 12" in failing(capsys, finetune, "--data", folder, "--out", tmp_path / "x", "--allow_missing")
 
 
-# ---------------------------------------------------------------- one video, one example
+def predicted(capsys, out, video, *question):
+    """What --predict says: a line with a share and a name for each option or caption."""
+    capsys.readouterr()
+    run(finetune, "--eval", out / "best.pt", "--predict", video, "--question", *question)
+    return [line for line in capsys.readouterr().out.splitlines() if "%" in line]
 
 
 def test_predict_ranks_the_given_options(toy_tgif_qa, tmp_path, capsys):
     short(toy_tgif_qa, tmp_path)
-    capsys.readouterr()
-    options, video = ["jump", "spin", "grow"], toy_tgif_qa / "gifs" / "toy_test_0000.gif"
-    run(finetune, "--eval", tmp_path / "best.pt", "--predict", video, "--question", "what ?", "--options", *options)
-    said = capsys.readouterr().out.splitlines()[-3:]
-    assert sorted(line.split()[1] for line in said) == sorted(options)
-    shares = [float(line.split()[0].rstrip("%")) for line in said]
+    video, options = toy_tgif_qa / "gifs" / "toy_test_0000.gif", ["grow", "jump", "spin"]
+    said = [line.split() for line in predicted(capsys, tmp_path, video, "what ?", "--options", *options)]
+    assert sorted(option for _, option in said) == options
+    shares = [float(share.rstrip("%")) for share, _ in said]
     assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.5
 
 
 def test_predict_judges_each_caption_for_itself(toy_msrvtt, tmp_path, capsys):
     """--question and --options of a retrieval model are captions, scored as one of them alone is."""
-    run(finetune, "--task", "msrvtt_retrieval", "--data", toy_msrvtt, "--out", tmp_path, "--max_steps", 1,
-        "--batch_size", 2, "--test_clips", 1)  # fmt: skip
-    said, captions = [], ["the star does jump", "a blue square", "it spins"]
-    for given in (["--question", captions[0], "--options", *captions[1:]], *(["--question", text] for text in captions)):
-        capsys.readouterr()
-        run(finetune, "--eval", tmp_path / "best.pt", "--predict", next(toy_msrvtt.rglob("*.gif")), *given)
-        said.append(capsys.readouterr().out.split("itself\n")[1].splitlines())
-    assert sorted(said[0]) == sorted(line for lines in said[1:] for line in lines) and len(said[0]) == 3
+    short(toy_msrvtt, tmp_path, "--max_steps", 1, task="msrvtt_retrieval")
+    video, captions = next(toy_msrvtt.rglob("*.gif")), ["the star does jump", "a blue square", "it spins"]
+    together = predicted(capsys, tmp_path, video, captions[0], "--options", *captions[1:])
+    alone = [line for caption in captions for line in predicted(capsys, tmp_path, video, caption)]
+    assert sorted(together) == sorted(alone) and len(alone) == 3
 
 
-def judged(monkeypatch, task, answers, *scores, readable=True, names=None):
-    """evaluate's metrics and predictions of examples with these answers, whose scores are known."""
+@pytest.mark.parametrize("task, answers, scores, readable, predictions, expected", [
+    ("tgif_qa_action", [1, 1, 0], [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], True, ["b", "a", "a"], {"accuracy": 66.667}),
+    ("tgif_qa_action", [1, 0], [[0.0, 1.0], [1.0, 0.0]], False, [None, None], {"accuracy": 0.0}),
+    # an output more than there are answers
+    ("tgif_qa_frameqa", ["red", "red"], [[0.0, 1.0, 0.5], [0.0, 0.5, 1.0]], True, ["red", None], {"accuracy": 50.0}),
+    # the squared error of the output, and the one that papers print, of the whole number from 1 to 10 that is meant
+    ("tgif_qa_count", [3, 2, 10], [[3.4], [-1.0], [12.5]], True, [3, 1, 10], {"mse": 5.137, "mse_rounded": 0.333}),
+])  # fmt: skip
+def test_judge_says_what_is_right(task, answers, scores, readable, predictions, expected, monkeypatch):
+    """Of scores as they are given; what can't be read is wrong."""
     options = ("a", "b") if task == "tgif_qa_action" else ()
     examples = [data.Example("1", "v", "q", options=options, answer=answer) for answer in answers]
     results = [(torch.tensor(p), readable) for p in scores]
     monkeypatch.setattr(finetune, "score_videos", lambda *arguments: (results, []))
-    collate = SimpleNamespace(answers=names)
+    collate = SimpleNamespace(answers=["blue", "red"])
     by_clips, rows, _ = finetune.evaluate(settings(task=task), None, collate, examples, [3])
-    return by_clips["3"], [row["prediction"] for row in rows]
-
-
-def test_judge_right_wrong_unreadable_and_unused_outputs(monkeypatch):
-    choice = functools.partial(judged, monkeypatch, "tgif_qa_action", [1, 1, 0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0])
-    assert choice() == ({"accuracy": pytest.approx(200 / 3, abs=1e-3)}, ["b", "a", "a"])
-    assert choice(readable=False) == ({"accuracy": 0.0}, [None] * 3)
-    scores = [0.0, 1.0, 0.5], [0.0, 0.5, 1.0]  # FrameQA has an output more than there are answers
-    said = judged(monkeypatch, "tgif_qa_frameqa", ["red", "red"], *scores, names=["blue", "red"])
-    assert said == ({"accuracy": 50.0}, ["red", None])
-
-
-def test_count_is_judged_raw_and_as_a_whole_number_from_1_to_10(monkeypatch):
-    """The squared error of the output, and the one that papers print; predictions hold the number that is meant."""
-    errors, predictions = judged(monkeypatch, "tgif_qa_count", [3, 2, 10], [3.4], [-1.0], [12.5])
-    assert predictions == [3, 1, 10]
-    assert errors["mse"] == pytest.approx((0.4**2 + 3**2 + 2.5**2) / 3, abs=1e-4)
-    assert errors["mse_rounded"] == pytest.approx((0 + 1 + 0) / 3, abs=1e-4)
+    assert [row["prediction"] for row in rows] == predictions
+    assert by_clips == {"3": pytest.approx(expected, abs=1e-3)}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real GIFs are not here: {SHARED}")
