@@ -88,6 +88,14 @@ def test_task_trains_evaluates_and_leaves_its_files(kind, toy_tgif_qa, tmp_path)
     assert (out / "metrics.json").read_bytes() == before
 
 
+def test_task_aggregates_all_clips_of_training_and_of_testing(toy_tgif_qa, tmp_path, monkeypatch):
+    """N_train of them, then N_test, by the G that was asked for."""
+    aggregate, seen = clipbert.aggregate_clips, []
+    monkeypatch.setattr(clipbert, "aggregate_clips", lambda p, how: seen.append((len(p), how)) or aggregate(p, how))
+    short(toy_tgif_qa, tmp_path, "--train_clips", 3, "--test_clips", 2, "--agg", "lse", "--max_steps", 1)
+    assert seen[0] == (3, "lse") and set(seen[1:]) == {(2, "lse")}
+
+
 def test_task_table_holds_the_papers_settings(toy_tgif_qa, tmp_path, monkeypatch):
     """config.json of a base and a tiny model, of runs that are stopped as training begins."""
 
