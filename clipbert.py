@@ -406,6 +406,7 @@ def clip_logits(model, frames, input_ids, attention_mask):
     B, N = frames.shape[:2]
     n, Lt = input_ids.shape[0] // B, input_ids.shape[1]
     grid = model.encode_frames(frames.flatten(0, 1))  # (B*N, T, h, w, d)
+    # (B*N*n, Lt): a video's texts stand again behind each of its clips, as fuse wants them
     ids, mask = (
         x.view(B, 1, n, Lt).expand(B, N, n, Lt).reshape(-1, Lt) for x in (input_ids, attention_mask)
     )
