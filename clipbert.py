@@ -57,7 +57,6 @@ from transformers.utils import logging as transformers_messages
 # name -> (residual block, blocks in each stage res2..res5); "tiny" stops after res3: GridFeatures.
 BACKBONES = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),  # lighter; not in the paper
     "tiny": (BasicBlock, (1, 1)),
 }
 
@@ -87,7 +86,8 @@ class ClipBertConfig:
 
     @property
     def stride(self):
-        """Pixels from one grid cell to the next."""
+        """Pixels from one grid cell to the next: 4 of the stem, doubled by each stage but the first
+        and by the grid encoder's max-pool."""
         return 4 * 2 ** len(BACKBONES[self.backbone][1])
 
     @classmethod
@@ -137,22 +137,22 @@ class GridFeatures(nn.Module):
         block, depths = BACKBONES[cfg.backbone]
         # torchvision builds four stages; of tiny the last two, a block each, are thrown away
         resnet = torchvision.models.ResNet(block, (*depths, 1, 1)[:4], norm_layer=FrozenNorm)
-        stages = [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4][: len(depths)]
-        if cfg.caffe_strides:
-            for stage in stages[1:]:
-                stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
-        scale_residual_branches(stages)
         # The trunk under torchvision's own names, without pooling and classes: grid features keep
         # their places.
         names = ["conv1", "bn1", "relu", "maxpool", *(f"layer{i + 1}" for i in range(len(depths)))]
         self.resnet = nn.Sequential(OrderedDict((name, getattr(resnet, name)) for name in names))
+        stem, stages = self.resnet[:4], self.resnet[4:]
+        if cfg.caffe_strides:
+            for stage in stages[1:]:
+                stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+        scale_residual_branches(stages)
         channels = 64 * 2 ** (len(depths) - 1) * block.expansion  # 2048 of ResNet-50
         self.grid_encoder = nn.Sequential(  # no bias, no norm
             nn.Conv2d(channels, cfg.hidden_size, kernel_size=3, padding=1, bias=False),
             nn.MaxPool2d(kernel_size=2, stride=2),
             nn.ReLU(),
         )
-        frozen = [resnet.conv1, *stages][: cfg.frozen_stages]
+        frozen = [stem, *stages][: cfg.frozen_stages]
         for parameter in (p for module in frozen for p in module.parameters()):
             # BatchNorm needs nothing here: FrozenNorm holds only buffers
             parameter.requires_grad_(False)
@@ -188,8 +188,8 @@ class FrozenNorm(FrozenBatchNorm2d):
 
         y = s x + (b - s mean),  s = gain / sqrt(variance + eps)
 
-    In x's precision: the float32 buffers would make every activation float32 under autocast, twice
-    the memory.
+    Frozen, as a batch of a few videos is too small for statistics of its own. In x's precision: the
+    float32 buffers would make every activation float32 under autocast, twice the memory.
     """
 
     def forward(self, x):
@@ -230,8 +230,9 @@ class VisualEmbedding(nn.Module):
     def forward(self, grid, keep=None):
         """grid (B, T, h, w, d) -> visual tokens (B, h*w, d), row by row.
 
-        keep: None, or how many tokens to draw at random (pretraining: 100), the same places for the
-        whole batch. Drawn after the positions are added, so a token still knows where it was.
+        keep: None, or how many tokens to draw at random, the same places for the whole batch.
+        Pretraining draws 100 of the 144 that 768 pixels give: less to compute, and no place to rely
+        on. Drawn after the positions are added, so a token still knows where it was.
         """
         h, w = grid.shape[2:4]
         if max(h, w) > self.MAX_GRID:
@@ -404,6 +405,7 @@ def clip_logits(model, frames, input_ids, attention_mask):
     B, N = frames.shape[:2]
     n, Lt = input_ids.shape[0] // B, input_ids.shape[1]
     grid = model.encode_frames(frames.flatten(0, 1))  # (B*N, T, h, w, d)
+    # (B*N*n, Lt): a video's texts stand again behind each of its clips, as fuse wants them
     ids, mask = (
         x.view(B, 1, n, Lt).expand(B, N, n, Lt).reshape(-1, Lt) for x in (input_ids, attention_mask)
     )
@@ -446,6 +448,7 @@ def video_loss(p, target, kind):
     if kind == "soft":
         # outputs beyond the list of answers are never right
         target = F.pad(target, (0, p.shape[1] - target.shape[1]))
+        # the mean over questions and answers, times K: a question's sum
         return F.binary_cross_entropy_with_logits(p, target) * p.shape[1]
     raise ValueError(f"unknown kind of answer {kind!r}")
 
@@ -499,7 +502,11 @@ def itm_loss(scores, labels):
 
 
 def optimizer_groups(model, weight_decay):
-    """Two groups of trainable parameters: decayed, and biases + LayerNorm, which are not."""
+    """Two groups of trainable parameters: decayed, and biases + LayerNorm, which are not.
+
+    Decay pulls a weight to 0, so that no input counts too much; a bias or a gain has no input to
+    weigh.
+    """
     decayed, others = [], []
     for name, p in model.named_parameters():  # a tied weight once
         if p.requires_grad:

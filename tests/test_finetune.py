@@ -1,10 +1,12 @@
 """Tests of the fine-tuning script on a handful of toy videos. One property at a time: `pytest tests/test_finetune.py -k
-order`, or one of: accumulation, task, seed, init, unreadable, missing, blind, predict, judge, count, real. How runs stop
-and go on: test_reliability.py; wrong commands: test_commands.py.
+order`, or one of: blind, accumulation, task, init, unreadable, missing, predict, judge, real. How runs stop and go on:
+test_reliability.py; wrong commands: test_commands.py.
 """
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ KINDS = ["action", "transition", "frameqa", "count"]
 
 def short(toy, out, *more, task="tgif_qa"):
     """A run of four steps; of several flags the last one counts. -> its metrics."""
-    run(finetune, "--task", task, "--data", toy, "--out", out, "--batch_size", 4, "--max_steps", 4, "--test_clips", 1, 2,
-        "--workers", 0, *more)  # fmt: skip
+    run(finetune, "--task", task, "--data", toy, "--out", out, "--batch_size", 4, "--max_steps", 4,
+        "--test_clips", 1, 2, "--workers", 0, *more)  # fmt: skip
     return metrics(out)
 
 
@@ -28,44 +30,45 @@ def steps(out):
     return [row["step"] for row in lines(out / "log.jsonl")]
 
 
-# ---------------------------------------------------------------- what is random, and in which order
-
-
 def test_order_and_clips_and_captions_are_random_independently():
-    """No two streams of numbers are the same: not those of two seeds, purposes, epochs or examples."""
-    orders = {tuple(i for _, i in batch) for seed in range(5) for batch in data.training_order(20, 20, 6, seed)}
-    assert len(orders) == 5 * 6  # with seeds + epochs they were 10
-    keys = [(seed, purpose, epoch, index) for seed in range(4) for purpose in ("order", "clips", "texts")
-            for epoch in range(4) for index in range(4)]  # fmt: skip
-    assert len({tuple(torch.rand(4, generator=data.generator_of(*key)).tolist()) for key in keys}) == len(keys)
-    assert torch.equal(*(torch.rand(4, generator=data.generator_of(1, "clips", 2, 3)) for _ in range(2)))
-
-
-def test_order_shows_every_example_once_an_epoch():
+    """An epoch has every example once; no two seeds, purposes, epochs or examples share their numbers."""
     keys = [key for batch in data.training_order(10, 4, n_batches=10, seed=1) for key in batch]
     assert sorted(keys) == [(epoch, i) for epoch in range(4) for i in range(10)]
+    orders = {tuple(i for _, i in batch) for seed in range(5) for batch in data.training_order(20, 20, 6, seed)}
+    assert len(orders) == 5 * 6  # with seeds + epochs they were 10
+    keys = list(itertools.product(range(4), ("order", "clips", "texts"), range(4), range(4)))
+    drawn = [tuple(torch.rand(4, generator=data.generator_of(*key)).tolist()) for key in keys * 2]
+    assert len(set(drawn)) == len(keys) and drawn[: len(keys)] == drawn[len(keys) :]  # but each is always the same
 
 
-def test_accumulation_is_the_update_of_a_large_batch(toy_tgif_qa, tmp_path):
-    """2 x 3 and 6 x 1, 24 examples in epochs of 7: the same weights but for the order of sums."""
-    options = ("--limit", 7, "--lr", 1e-4, "--test_clips", 1)
-    short(toy_tgif_qa, tmp_path / "one", "--batch_size", 6, *options)
-    short(toy_tgif_qa, tmp_path / "two", "--batch_size", 3, "--grad_accum", 2, *options)
-    assert steps(tmp_path / "one") == steps(tmp_path / "two") == [1, 2, 3, 4]
-    one, two = (weights(tmp_path / name) for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
+def items(folder, **changes):
+    """The training set of a folder, as the loop reads it: [epoch, place] -> example, clips."""
+    examples = data.read_examples("tgif_qa_action", [folder], "train")
+    return data.ClipDataset(examples, settings(**changes), n_clips=2, train=True)
 
 
 def test_order_and_clips_do_not_depend_on_the_reader(toy_tgif_qa):
-    examples = data.read_examples("tgif_qa_action", [toy_tgif_qa], "train")
-    one, other = (data.ClipDataset(examples, settings(), n_clips=2, train=True) for _ in range(2))
+    one, other = items(toy_tgif_qa), items(toy_tgif_qa)
     other[0, 3]  # reading something else first changes nothing
     assert torch.equal(one[1, 2]["frames"], other[1, 2]["frames"])
     assert not torch.equal(one[0, 2]["frames"], one[1, 2]["frames"])  # another epoch, other random clips
 
 
-# ---------------------------------------------------------------- the run
+def test_blind_runs_see_black_frames_only(toy_tgif_qa):
+    assert items(toy_tgif_qa)[0, 0]["frames"].any() and not items(toy_tgif_qa, blind=True)[0, 0]["frames"].any()
+
+
+def test_accumulation_and_workers_change_nothing_and_the_seed_everything(toy_tgif_qa, tmp_path):
+    """2 x 3 and 6 x 1, 24 examples in epochs of 7: the same weights but for the order of sums."""
+    options = ("--limit", 7, "--lr", 1e-4, "--test_clips", 1)
+    short(toy_tgif_qa, tmp_path / "one", "--batch_size", 6, *options)
+    short(toy_tgif_qa, tmp_path / "two", "--batch_size", 3, "--grad_accum", 2, "--workers", 1, *options)
+    short(toy_tgif_qa, tmp_path / "other", "--batch_size", 6, "--seed", 1, *options)
+    assert steps(tmp_path / "one") == steps(tmp_path / "two") == [1, 2, 3, 4]
+    one, two, other = (weights(tmp_path / name) for name in ("one", "two", "other"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
+    assert (one["classifier.0.weight"] - other["classifier.0.weight"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,37 +88,42 @@ def test_task_trains_evaluates_and_leaves_its_files(kind, toy_tgif_qa, tmp_path)
     assert (out / "metrics.json").read_bytes() == before
 
 
-def test_task_table_holds_the_papers_settings():
-    def settled(model, **given):
-        return clipbert.settle(finetune.Settings, finetune.row("tgif_qa_action", model), given)
-
-    s = settled("base")
-    assert (s.size, s.frames, s.train_clips, s.agg, s.text_length) == (448, 1, 1, "mean", 25)
-    assert (s.batch_size * s.grad_accum, s.lr, s.epochs, s.max_steps) == (32, 1e-4, 15, None)
-    s = settled("tiny", epochs=2)
-    assert (s.size, s.epochs, s.max_steps) == (64, 2, None)  # as many epochs as asked for
+def test_task_aggregates_all_clips_of_training_and_of_testing(toy_tgif_qa, tmp_path, monkeypatch):
+    """N_train of them, then N_test, by the G that was asked for."""
+    aggregate, seen = clipbert.aggregate_clips, []
+    monkeypatch.setattr(clipbert, "aggregate_clips", lambda p, how: seen.append((len(p), how)) or aggregate(p, how))
+    short(toy_tgif_qa, tmp_path, "--train_clips", 3, "--test_clips", 2, "--agg", "lse", "--max_steps", 1)
+    assert seen[0] == (3, "lse") and set(seen[1:]) == {(2, "lse")}
 
 
-def test_seed_decides_everything(toy_tgif_qa, tmp_path):
-    one = short(toy_tgif_qa, tmp_path / "1")
-    assert one["by_clips"] == short(toy_tgif_qa, tmp_path / "2", "--workers", 1)["by_clips"]
-    short(toy_tgif_qa, tmp_path / "3", "--seed", 1)
-    first, second, third = (weights(tmp_path / n) for n in ("1", "2", "3"))
-    assert all(torch.equal(first[k], second[k]) for k in first)
-    assert any(not torch.equal(first[k], third[k]) for k in first)
+def test_task_table_holds_the_papers_settings(toy_tgif_qa, tmp_path, monkeypatch):
+    """config.json of a base and a tiny model, of runs that are stopped as training begins."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    small = clipbert.ClipBertConfig(hidden_size=32, layers=1, heads=2, intermediate_size=32)
+    monkeypatch.setattr(clipbert.ClipBertConfig, "base", classmethod(lambda cls: small))
+    monkeypatch.setattr(finetune, "train", stop)
+    for flags in (["--model", "base", "--scratch"], ["--model", "tiny", "--epochs", 2]):
+        with pytest.raises(SystemExit):
+            run(finetune, "--data", toy_tgif_qa, "--out", tmp_path / flags[1], *flags)
+    base, tiny = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "tiny"))
+    paper = {"size": 448, "frames": 1, "train_clips": 1, "agg": "mean", "text_length": 25, "lr": 1e-4, "epochs": 15}
+    assert {name: base[name] for name in paper} == paper
+    assert base["batch_size"] * base["grad_accum"] == 32 and base["max_steps"] is None
+    assert (tiny["size"], tiny["epochs"], tiny["max_steps"]) == (64, 2, None)  # as many epochs as asked for
+    assert (base["config"]["backbone"], tiny["config"]["backbone"]) == ("resnet50", "tiny")
+    assert base["config"]["frozen_stages"] == 0  # nothing to protect in random weights
 
 
 def test_init_reports_what_fits_and_carries_the_vocabulary(toy_tgif_qa, tmp_path, capsys):
     short(toy_tgif_qa, tmp_path / "action")
-    capsys.readouterr()
-    checkpoint = tmp_path / "action" / "best.pt"
-    short(toy_tgif_qa, tmp_path / "frameqa", "--init", checkpoint, task="tgif_qa_frameqa")
+    init = ("--init", tmp_path / "action" / "best.pt")
+    short(toy_tgif_qa, tmp_path / "frameqa", *init, task="tgif_qa_frameqa")
     assert "classifier.2.weight (1, 192), here (1540, 192)" in capsys.readouterr().out
     a, b = (clipbert.load_checkpoint(tmp_path / name / "best.pt") for name in ("action", "frameqa"))
     assert a["vocabulary"] == b["vocabulary"]
-
-
-# ---------------------------------------------------------------- bad input
 
 
 @pytest.fixture
@@ -135,82 +143,64 @@ def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(brok
     assert said["unreadable"] == 1 and said["examples"] == 6
     rows = lines(tmp_path / "out" / "predictions.jsonl")
     assert [row["accuracy"] for row in rows if row["video"] == "toy_test_0001"] == [False]
-
-
-def test_unreadable_examples_are_replaced_by_the_next(broken):
-    examples = data.read_examples("tgif_qa_action", [broken], "train")
-    item = data.ClipDataset(examples, settings(), n_clips=1, train=True)[0, 2]
-    assert item["example"] == examples[3] and len(item["unreadable"]) == 1
+    item = items(broken)[0, 2]
+    assert item["example"] == items(broken).examples[3] and len(item["unreadable"]) == 1  # the next one
 
 
 def test_missing_videos_are_counted_and_stop_the_run(toy_tgif_qa, tmp_path, capsys):
-    folder, none = tmp_path / "data", tmp_path / "none"
+    folder = tmp_path / "data"
     shutil.copytree(toy_tgif_qa, folder)
     for i in range(5):
         (folder / "gifs" / f"toy_train_{i:04d}.gif").unlink()
     assert "5 of 12 train videos are missing" in failing(capsys, finetune, "--data", folder, "--out", tmp_path / "out")
     assert short(folder, tmp_path / "out", "--allow_missing")["examples"] == 6
-    shutil.copytree(toy_tgif_qa, none, ignore=shutil.ignore_patterns("gifs"))
-    assert "12 of 12" in failing(capsys, finetune, "--data", none, "--out", tmp_path / "x", "--allow_missing")
+    shutil.rmtree(folder / "gifs")
+    assert "12 of 12" in failing(capsys, finetune, "--data", folder, "--out", tmp_path / "x", "--allow_missing")
 
 
-def test_blind_runs_see_black_frames_only(toy_tgif_qa):
-    examples = data.read_examples("tgif_qa_action", [toy_tgif_qa], "train")
-    seen, blind = (data.ClipDataset(examples, settings(blind=blind), n_clips=1, train=True) for blind in (False, True))
-    assert seen[0, 0]["frames"].any() and not blind[0, 0]["frames"].any()
-
-
-# ---------------------------------------------------------------- one video, one example
+def predicted(capsys, out, video, *question):
+    """What --predict says: a line with a share and a name for each option or caption."""
+    capsys.readouterr()
+    run(finetune, "--eval", out / "best.pt", "--predict", video, "--question", *question)
+    return [line for line in capsys.readouterr().out.splitlines() if "%" in line]
 
 
 def test_predict_ranks_the_given_options(toy_tgif_qa, tmp_path, capsys):
     short(toy_tgif_qa, tmp_path)
-    capsys.readouterr()
-    options, video = ["jump", "spin", "grow"], toy_tgif_qa / "gifs" / "toy_test_0000.gif"
-    run(finetune, "--eval", tmp_path / "best.pt", "--predict", video, "--question", "what ?", "--options", *options)
-    said = capsys.readouterr().out.splitlines()[-3:]
-    assert sorted(line.split()[1] for line in said) == sorted(options)
-    shares = [float(line.split()[0].rstrip("%")) for line in said]
+    video, options = toy_tgif_qa / "gifs" / "toy_test_0000.gif", ["grow", "jump", "spin"]
+    said = [line.split() for line in predicted(capsys, tmp_path, video, "what ?", "--options", *options)]
+    assert sorted(option for _, option in said) == options
+    shares = [float(share.rstrip("%")) for share, _ in said]
     assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.5
 
 
-def test_predict_judges_each_caption_for_itself(tmp_path, capsys):
+def test_predict_judges_each_caption_for_itself(toy_msrvtt, tmp_path, capsys):
     """--question and --options of a retrieval model are captions, scored as one of them alone is."""
-    data.write_toy_msrvtt(tmp_path / "toy", train=8, test=8)
-    run(finetune, "--task", "msrvtt_retrieval", "--data", tmp_path / "toy", "--out", tmp_path / "run", "--max_steps", 1,
-        "--batch_size", 2, "--test_clips", 1)  # fmt: skip
-    said, captions = [], ["the star does jump", "a blue square", "it spins"]
-    for given in (["--question", captions[0], "--options", *captions[1:]], *(["--question", text] for text in captions)):
-        capsys.readouterr()
-        run(finetune, "--eval", tmp_path / "run" / "best.pt", "--predict", next((tmp_path / "toy").rglob("*.gif")), *given)
-        said.append(capsys.readouterr().out.split("itself\n")[1].splitlines())
-    assert sorted(said[0]) == sorted(line for lines in said[1:] for line in lines) and len(said[0]) == 3
+    short(toy_msrvtt, tmp_path, "--max_steps", 1, task="msrvtt_retrieval")
+    video, captions = next(toy_msrvtt.rglob("*.gif")), ["the star does jump", "a blue square", "it spins"]
+    together = predicted(capsys, tmp_path, video, captions[0], "--options", *captions[1:])
+    alone = [line for caption in captions for line in predicted(capsys, tmp_path, video, caption)]
+    assert sorted(together) == sorted(alone) and len(alone) == 3
 
 
-def judged(task, example, scores, readable=True, answers=None):
-    row = finetune.judge(finetune.TASKS[task].kind, example, torch.tensor(scores), readable, answers)
-    return row["prediction"], row.get("accuracy")
-
-
-def test_judge_right_wrong_unreadable_and_unused_outputs():
-    choice = data.Example("1", "v", "q", options=("a", "b"), answer=1)
-    assert judged("tgif_qa_action", choice, [0.0, 1.0]) == ("b", True)
-    assert judged("tgif_qa_action", choice, [1.0, 0.0]) == ("a", False)
-    assert judged("tgif_qa_action", choice, [0.0, 1.0], readable=False) == (None, False)
-    open_ended, answers = data.Example("1", "v", "q", answer="red"), ["blue", "red"]
-    assert judged("tgif_qa_frameqa", open_ended, [0.0, 1.0, 0.5], answers=answers) == ("red", True)
-    assert judged("tgif_qa_frameqa", open_ended, [0.0, 0.5, 1.0], answers=answers) == (None, False)
-
-
-def test_count_is_judged_raw_and_as_a_whole_number_from_1_to_10():
-    """The squared error of the output, and the one that papers print; predictions hold the number that is meant."""
-    examples = [data.Example(str(i), "v", "q", answer=answer) for i, answer in enumerate((3, 2, 10))]
-    rows = [finetune.judge("count", example, torch.tensor([output]), True, None)
-            for example, output in zip(examples, (3.4, -1.0, 12.5), strict=True)]  # fmt: skip
-    assert [row["prediction"] for row in rows] == [3, 1, 10]
-    said = finetune.metrics(examples, rows)
-    assert said["mse"] == pytest.approx((0.4**2 + 3**2 + 2.5**2) / 3, abs=1e-4)
-    assert said["mse_rounded"] == pytest.approx((0 + 1 + 0) / 3, abs=1e-4)
+@pytest.mark.parametrize("task, answers, scores, readable, predictions, expected", [
+    ("tgif_qa_action", [1, 1, 0], [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], True, ["b", "a", "a"], {"accuracy": 66.667}),
+    ("tgif_qa_action", [1, 0], [[0.0, 1.0], [1.0, 0.0]], False, [None, None], {"accuracy": 0.0}),
+    # an output more than there are answers
+    ("tgif_qa_frameqa", ["red", "red"], [[0.0, 1.0, 0.5], [0.0, 0.5, 1.0]], True, ["red", None], {"accuracy": 50.0}),
+    # the squared error of the output, and the one that papers print, of the whole number from 1 to 10 that is meant
+    ("tgif_qa_count", [3, 2, 10], [[3.4], [-1.0], [12.5]], True, [3, 1, 10], {"mse": 5.137, "mse_rounded": 0.333}),
+])  # fmt: skip
+def test_judge_says_what_is_right(task, answers, scores, readable, predictions, expected, monkeypatch):
+    """Of scores as they are given; what can't be read is wrong."""
+    options = ("a", "b") if task == "tgif_qa_action" else ()
+    examples = [data.Example("1", "v", "q", options=options, answer=answer) for answer in answers]
+    results = [(torch.tensor(p), readable) for p in scores]
+    monkeypatch.setattr(finetune, "score_videos", lambda *arguments: (results, []))
+    collate = SimpleNamespace(answers=["blue", "red"])
+    by_clips, rows, _ = finetune.evaluate(settings(task=task), None, collate, examples, [3])
+    assert [row["prediction"] for row in rows] == predictions
+    assert by_clips == {"3": pytest.approx(expected, abs=1e-3)}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real GIFs are not here: {SHARED}")
