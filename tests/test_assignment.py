@@ -22,7 +22,7 @@ MISTAKES = {
         "around the end to the start": ("torch.minimum(frames, torch.tensor(num_frames - 1))", "(frames % num_frames)"),
     },
     2: {
-        "norm after the trunk": ("x = self.normalize(frames).flatten(0, 1)\n        x = self.resnet(x)",
+        "norm after the trunk": ("x = self.normalize(frames).flatten(0, 1)\n    x = self.resnet(x)",
                                  "x = self.normalize(self.resnet(frames.flatten(0, 1).float())[:, :3])"),
         "colours turned, mean not": ("self.pixel_mean[order]", "self.pixel_mean"),
         "black stays zero": ("return (frames - self.pixel_mean[order]) / self.pixel_std[order]",
@@ -46,7 +46,7 @@ MISTAKES = {
                                         "bias = 1.0 - hide.float()"),
         "a mask too weak for large scores": ("-1e9", "-10"),
         "black cells masked": ("(0, visual.shape[1]))",
-                               "(0, visual.shape[1]))\n        hide[:, -visual.shape[1] :] |= (visual == 0).all(-1)"),
+                               "(0, visual.shape[1]))\n    hide[:, -visual.shape[1] :] |= (visual == 0).all(-1)"),
         "mask of [grid; text]": ("(0, visual.shape[1])", "(visual.shape[1], 0)"),
         "videos in turn": ("// (texts // videos)", "% videos"),
     },
