@@ -12,109 +12,82 @@ import pytest
 from assignment import EXERCISES, SOURCES, run_tests
 from other_solutions import EQUIVALENT
 
-# What students get wrong: {exercise: {what: (a piece of the other solution, what stands there instead)}}.
-MISTAKES = {
-    1: {
-        "uniform in training": ("if train:", "if train and n_clips == 1:"),
-        "one random start for all clips": ("rand(n_clips, 1,", "rand(1, 1,"),
-        "random starts in order": ("generator=generator).double()", "generator=generator).double().sort(0).values"),
-        "clips in the middle of their share": ("arange(n_clips).double()", "arange(n_clips).double().add(0.5)"),
-        "around the end to the start": ("torch.minimum(frames, torch.tensor(num_frames - 1))", "(frames % num_frames)"),
-    },
-    2: {
-        "norm after the trunk": ("x = self.normalize(frames).flatten(0, 1)\n    x = self.resnet(x)",
-                                 "x = self.normalize(self.resnet(frames.flatten(0, 1).float())[:, :3])"),
-        "colours turned, mean not": ("self.pixel_mean[order]", "self.pixel_mean"),
-        "black stays zero": ("return (frames - self.pixel_mean[order]) / self.pixel_std[order]",
-                             "return (frames - self.pixel_mean[order]) / self.pixel_std[order] * (frames > 0)"),
-        "frame by frame": ("x = self.resnet(x)", "x = torch.cat([self.resnet(one[None]) for one in x])"),
-        "rows and columns confused": (".movedim(1, -1)", ".transpose(1, 3)"),
-    },
-    3: {
-        "column by column": ("grid.sum(dim=1)", "grid.sum(dim=1).transpose(1, 2)"),
-        "LayerNorm before positions": ("grid.sum(dim=1).reshape(B, h * w, d) / T",
-                                       "self.LayerNorm(grid.sum(dim=1).reshape(B, h * w, d) / T)"),
-        "other places in each video": ("tokens.index_select(1, chosen)",
-                                       "torch.stack([t[torch.randperm(h * w)[:keep]] for t in tokens])"),
-        "neighbouring places": ("torch.multinomial(torch.ones(h * w, device=grid.device), keep)",
-                                "(torch.arange(keep, device=grid.device) + torch.randint(h * w, ())) % (h * w)"),
-        "drawn before the positions": (
-            "tokens.index_select(1, chosen)", "tokens[:, chosen] + (rows + columns)[:keep] - (rows + columns)[chosen]"),
-    },
-    4: {
-        "1 and 0 added to the scores": ("bias = torch.zeros(hide.shape, device=hide.device).masked_fill(hide, -1e9)",
-                                        "bias = 1.0 - hide.float()"),
-        "a mask too weak for large scores": ("-1e9", "-10"),
-        "black cells masked": ("(0, visual.shape[1]))",
-                               "(0, visual.shape[1]))\n    hide[:, -visual.shape[1] :] |= (visual == 0).all(-1)"),
-        "mask of [grid; text]": ("(0, visual.shape[1])", "(visual.shape[1], 0)"),
-        "videos in turn": ("// (texts // videos)", "% videos"),
-    },
-    5: {
-        "a pass of the CNN for each text": ("    ids, mask", "    [model.encode_frames(f) for f in frames]\n    ids, mask"),
-        "clips of video 1, then of video 2": ("frames.transpose(0, 1).flatten(0, 1)", "frames.flatten(0, 1)"),
-        "texts shared out by clips": (".repeat(clips, 1)", ".repeat_interleave(clips, 0)"),
-        "the first text for all": (".repeat(clips, 1)", "[:videos].repeat_interleave(n, 0).repeat(clips, 1)"),
-        "grids without gradient": ("flatten(0, 1))\n", "flatten(0, 1)).detach()\n"),
-    },
-    6: {
-        "probabilities, not logits": ('torch.einsum("nbk->bk", logits)', "logits.softmax(-1).sum(0)"),
-        "LogSumExp overflows": ("(logits - largest).exp().sum(0).log() + largest[0]", "logits.exp().sum(0).log()"),
-        "one largest number for all": ("logits.max(dim=0, keepdim=True).values.detach()", "logits.amax() + logits[:1] * 0"),
-        "log of the mean": (".exp().sum(0)", ".exp().mean(0)"),
-        "over answers": ("logits.max(dim=0).values", "logits.max(dim=2).values"),
-    },
-    7: {
-        "options not brought together": ("p.reshape(target.shape[0], -1)", "p.reshape(-1, target.shape[0]).T"),
-        "softmax twice": ("F.log_softmax(p, dim=-1)", "F.log_softmax(p.softmax(-1), dim=-1)"),
-        "count of all pairs": ("p[:, 0] - target", "p - target"),
-        "soft averaged over answers": ("loss.sum(1).mean()", "loss.mean() * target.shape[1]"),
-        "unlisted answers left out": ("return loss.sum(1)", "return loss[:, : target.shape[1]].sum(1)"),
-    },
-    8: {
-        "votes": ("p = clipbert.aggregate_clips(torch.stack(p), how).flatten()",
-                  "p = torch.stack(p).flatten(1)\n            p = F.one_hot(p.argmax(1), p.shape[1]).sum(0)"),
-        "G of each part": ("p += clipbert.clip_logits(model, clips[None, first : first + at_once], ids, mask)",
-                           "x = clipbert.clip_logits(model, clips[None, first : first + at_once], ids, mask);"
-                           + " p.append(clipbert.aggregate_clips(x, how))"),
-        "all clips at once": ("range(0, len(clips), at_once)", "[0]"),
-        "with a graph": ("torch.inference_mode()", "torch.enable_grad()"),
-        "dropout, or left in testing": ("model.train(mode)", "model.train()"),
-    },
-    9: {
-        "exactly 15%": ("(torch.rand(input_ids.shape, generator=generator) < rate)",
-                        "(torch.rand(input_ids.shape, generator=generator).argsort(-1).argsort(-1)"
-                        + " < rate * input_ids.shape[-1])"),
-        "one fate for all": ("fate = torch.rand(input_ids.shape", "fate = torch.rand((1,) * input_ids.dim()"),
-        "special tokens too": (" & ~special", ""),
-        "labels after masking": ("labels = torch.where(chosen, input_ids, -100)", "labels = input_ids"),
-        "the text itself changed": ("input_ids.clone()", "input_ids"),
-    },
-    10: {
-        "mean of the texts' means": ("total = -log_p.gather(1, labels[masked][:, None]).sum()",
-                                     "total = -(log_p.gather(1, labels[masked][:, None])[:, 0] * masked.sum()"
-                                     + " / len(labels) / masked.sum(1)[masked.nonzero()[:, 0]]).sum()"),
-        "0 / 0": ("max(int(masked.sum()), 1)", "int(masked.sum())"),
-        "padded length of the batch": ("labels.shape[0] * text_length", "labels.numel()"),
-        "word 0 is no word": ("labels != -100", "labels > 0"),
-        "in half precision": ("scores[masked].float()", "scores[masked]"),
-    },
-    11: {
-        "capital letters are others": ("t.lower() not in said", "t not in said"),
-        "only its own caption is its own": ("t.lower() not in said[image]", "t.lower() != text.lower()"),
-        "its caption's words are its own": ("t.lower() not in said[image]",
-                                            "not any(t.lower() in own for own in said[image])"),
-        "every second one": ("int(torch.randint(2, (1,), generator=generator)) == 1", "len(texts) % 2 == 0"),
-        "the next caption": ("place.item()", "0 * place.item()"),
-    },
-    12: {
-        "ties are luck": ("(lucky + unlucky) / 2", "lucky * 1.0"),
-        "own captions compete": ("if i not in own or i == best", "if True"),
-        "the first caption counts": ("max(own, key=lambda i: column[i].item())", "own[0]"),
-        "every video has a caption": ("if not own:\n            continue", "own = own or [0]"),
-        "nearly equal is equal": ("(scores >= own)", "(scores >= own - 1e-6)"),
-    },
-}  # fmt: skip
+# What students get wrong, five an exercise: what, a piece of the other solution, what stands there instead.
+MISTAKES = [
+    (1, "uniform in training", "if train:", "if train and n_clips == 1:"),
+    (1, "one random start for all clips", "rand(n_clips, 1,", "rand(1, 1,"),
+    (1, "random starts in order", "generator=generator).double()", "generator=generator).double().sort(0).values"),
+    (1, "clips in the middle of their share", "arange(n_clips).double()", "arange(n_clips).double().add(0.5)"),
+    (1, "around the end to the start", "torch.minimum(frames, torch.tensor(num_frames - 1))", "(frames % num_frames)"),
+    (2, "norm after the trunk", "x = self.normalize(frames).flatten(0, 1)\n    x = self.resnet(x)",
+     "x = self.normalize(self.resnet(frames.flatten(0, 1).float())[:, :3])"),
+    (2, "colours turned, mean not", "self.pixel_mean[order]", "self.pixel_mean"),
+    (2, "black stays zero", "/ self.pixel_std[order]", "/ self.pixel_std[order] * (frames > 0)"),
+    (2, "frame by frame", "x = self.resnet(x)", "x = torch.cat([self.resnet(one[None]) for one in x])"),
+    (2, "rows and columns confused", ".movedim(1, -1)", ".transpose(1, 3)"),
+    (3, "column by column", "grid.sum(dim=1)", "grid.sum(dim=1).transpose(1, 2)"),
+    (3, "LayerNorm before positions", "grid.sum(dim=1).reshape(B, h * w, d) / T",
+     "self.LayerNorm(grid.sum(dim=1).reshape(B, h * w, d) / T)"),
+    (3, "other places in each video", "tokens.index_select(1, chosen)",
+     "torch.stack([t[torch.randperm(h * w)[:keep]] for t in tokens])"),
+    (3, "neighbouring places", "torch.multinomial(torch.ones(h * w, device=grid.device), keep)",
+     "(torch.arange(keep, device=grid.device) + torch.randint(h * w, ())) % (h * w)"),
+    (3, "drawn before the positions", "tokens.index_select(1, chosen)",
+     "tokens[:, chosen] + (rows + columns)[:keep] - (rows + columns)[chosen]"),
+    (4, "1 and 0 added to the scores", "torch.zeros(hide.shape, device=hide.device).masked_fill(hide, -1e9)",
+     "1.0 - hide.float()"),
+    (4, "a mask too weak for large scores", "-1e9", "-10"),
+    (4, "black cells masked", "visual.shape[1]))",
+     "visual.shape[1]))\n    hide[:, -visual.shape[1] :] |= (visual == 0).all(-1)"),
+    (4, "mask of [grid; text]", "(0, visual.shape[1])", "(visual.shape[1], 0)"),
+    (4, "videos in turn", "// (texts // videos)", "% videos"),
+    (5, "a pass of the CNN for each text", "    ids, mask", "    [model.encode_frames(f) for f in frames]\n    ids, mask"),
+    (5, "clips of video 1, then of video 2", "frames.transpose(0, 1).flatten(0, 1)", "frames.flatten(0, 1)"),
+    (5, "texts shared out by clips", ".repeat(clips, 1)", ".repeat_interleave(clips, 0)"),
+    (5, "the first text for all", ".repeat(clips, 1)", "[:videos].repeat_interleave(n, 0).repeat(clips, 1)"),
+    (5, "grids without gradient", "flatten(0, 1))\n", "flatten(0, 1)).detach()\n"),
+    (6, "probabilities, not logits", 'torch.einsum("nbk->bk", logits)', "logits.softmax(-1).sum(0)"),
+    (6, "LogSumExp overflows", "(logits - largest).exp().sum(0).log() + largest[0]", "logits.exp().sum(0).log()"),
+    (6, "one largest number for all", "logits.max(dim=0, keepdim=True).values.detach()", "logits.amax() + logits[:1] * 0"),
+    (6, "log of the mean", ".exp().sum(0)", ".exp().mean(0)"),
+    (6, "over answers", "logits.max(dim=0).values", "logits.max(dim=2).values"),
+    (7, "options not brought together", "p.reshape(target.shape[0], -1)", "p.reshape(-1, target.shape[0]).T"),
+    (7, "softmax twice", "F.log_softmax(p, dim=-1)", "F.log_softmax(p.softmax(-1), dim=-1)"),
+    (7, "count of all pairs", "p[:, 0] - target", "p - target"),
+    (7, "soft averaged over answers", "loss.sum(1).mean()", "loss.mean() * target.shape[1]"),
+    (7, "unlisted answers left out", "return loss.sum(1)", "return loss[:, : target.shape[1]].sum(1)"),
+    (8, "votes", "p = clipbert.aggregate_clips(torch.stack(p), how).flatten()",
+     "p = torch.stack(p).flatten(1)\n            p = F.one_hot(p.argmax(1), p.shape[1]).sum(0)"),
+    (8, "G of each part", "(torch.stack(p), how)",
+     "(torch.stack([clipbert.aggregate_clips(part, how) for part in torch.stack(p).split(at_once)]), how)"),
+    (8, "all clips at once", "range(0, len(clips), at_once)", "[0]"),
+    (8, "with a graph", "torch.inference_mode()", "torch.enable_grad()"),
+    (8, "dropout, or left in testing", "model.train(mode)", "model.train()"),
+    (9, "exactly 15%", "generator=generator) < rate)",
+     "generator=generator).argsort(-1).argsort(-1) < rate * input_ids.shape[-1])"),
+    (9, "one fate for all", "fate = torch.rand(input_ids.shape", "fate = torch.rand((1,) * input_ids.dim()"),
+    (9, "special tokens too", " & ~special", ""),
+    (9, "labels after masking", "labels = torch.where(chosen, input_ids, -100)", "labels = input_ids"),
+    (9, "the text itself changed", "input_ids.clone()", "input_ids"),
+    (10, "mean of the texts' means", "-log_p.gather(1, labels[masked][:, None]).sum()",
+     "(-log_p.gather(1, labels[masked][:, None])[:, 0] / masked.sum(1)[masked.nonzero()[:, 0]]).mean() * masked.sum()"),
+    (10, "0 / 0", "max(int(masked.sum()), 1)", "int(masked.sum())"),
+    (10, "padded length of the batch", "labels.shape[0] * text_length", "labels.numel()"),
+    (10, "word 0 is no word", "labels != -100", "labels > 0"),
+    (10, "in half precision", "scores[masked].float()", "scores[masked]"),
+    (11, "capital letters are others", "t.lower() not in said", "t not in said"),
+    (11, "only its own caption is its own", "t.lower() not in said[image]", "t.lower() != text.lower()"),
+    (11, "its caption's words are its own", "t.lower() not in said[image]",
+     "not any(t.lower() in own for own in said[image])"),
+    (11, "every second one", "int(torch.randint(2, (1,), generator=generator)) == 1", "len(texts) % 2 == 0"),
+    (11, "the next caption", "place.item()", "0 * place.item()"),
+    (12, "ties are luck", "(lucky + unlucky) / 2", "lucky * 1.0"),
+    (12, "own captions compete", "if i not in own or i == best", "if True"),
+    (12, "the first caption counts", "max(own, key=lambda i: column[i].item())", "own[0]"),
+    (12, "every video has a caption", "if not own:\n            continue", "own = own or [0]"),
+    (12, "nearly equal is equal", "(scores >= own)", "(scores >= own - 1e-6)"),
+]  # fmt: skip
+
 
 def undone(number):
     """Exercise functions without their bodies."""
@@ -134,7 +107,7 @@ def test_right_solutions_pass_and_an_undone_one_fails_everywhere(number):
 @pytest.mark.parametrize("number", EXERCISES)
 def test_mistakes_and_a_sample_of_slips_are_found(number):
     solution = assignment.other_solution(number)
-    for what, (old, new) in MISTAKES[number].items():
+    for _, what, old, new in (mistake for mistake in MISTAKES if mistake[0] == number):
         changed = {name: text.replace(old, new) for name, text in solution.items()}
         assert changed != solution, f"{what}: {old!r} does not stand in the solution"
         assert any(run_tests(number, changed)), what

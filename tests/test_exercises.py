@@ -656,12 +656,10 @@ def mask_tokens(ids, seed=1, **more):
 @worth(2, "not 15% (rate) are chosen, of which 80% become [MASK], 10% any token and 10% stay")
 def test_exercise9_shares():
     share = 0.1 / len(TOKENIZER)  # of the random tokens, some are [MASK] or the word itself
-    for ids, rate, more in [
-        (word_ids(150_000), 0.15, {}), (word_ids(5000, 30), 0.15, {}), (word_ids(50_000), 0.5, {"rate": 0.5}),
-        (word_ids(50_000), 1.0, {"rate": 1.0}),
-    ]:  # fmt: skip
-        masked, chosen = mask_tokens(ids, **more)
-        assert chosen.float().mean().item() == pytest.approx(rate, abs=0.006)
+    for shape, rate in (((150_000,), {}), ((5000, 30), {}), ((50_000,), {"rate": 0.5}), ((50_000,), {"rate": 1.0})):
+        ids = word_ids(*shape)
+        masked, chosen = mask_tokens(ids, **rate)
+        assert chosen.float().mean().item() == pytest.approx(rate.get("rate", 0.15), abs=0.006)
         assert (masked == MASK)[chosen].float().mean() == pytest.approx(0.8 + share, abs=0.012)
         assert (masked == ids)[chosen].float().mean() == pytest.approx(0.1 + share, abs=0.012)
     assert not mask_tokens(word_ids(1000), rate=0.0)[1].any()
