@@ -145,7 +145,7 @@ def pixels(*shape):
 # --------------------------------------------------------------------------------------------------
 # Exercise 1: clip sampling
 
-# num_frames, fps, n_clips, n_frames, target_fps; a test clip, its frames: as the authors' decoder does, but where N = 1.
+# num_frames, fps, n_clips, n_frames, target_fps; a test clip, its frames: the authors' decoder's, but where N = 1.
 CLIPS = [
     (1, 25.0, 16, 2, 2, 4, [0, 0]), (7, 25.0, 4, 1, 1, 3, [0]), (7, 25.0, 2, 3, 3, 1, [0, 6, 6]),
     (7, 25.0, 16, 4, 2, 2, [0, 6, 6, 6]), (20, 10.0, 4, 3, 3, 2, [5, 9, 14]), (20, 10.0, 8, 4, 2, 6, [0, 6, 12, 19]),
@@ -782,7 +782,7 @@ def test_exercise11_labels():
     assert len(labels.unique(dim=0)) == 32  # every pattern
 
 
-@worth(2, "not all captions of other images are equally likely to take a caption's place (one that is there twice: twice)")
+@worth(2, "not all captions of other images are equally likely to take its place (one that is there twice: twice)")
 def test_exercise11_equally_likely():
     draws = [texts for texts, _ in matched()]
     for image, caption, *texts in zip(IMAGES, CAPTIONS, *draws, strict=True):
@@ -842,7 +842,7 @@ def test_exercise12_stored():
                 assert value == pytest.approx(case["metrics"][WAYS[way]][key], abs=1e-4)
 
 
-@worth(3, "of a video's captions not the best counts, the others are its rivals, or order or a video without one matters")
+@worth(3, "of a video's captions not the best counts, the others are rivals, or order or a video without one matters")
 def test_exercise12_several_captions():
     scores = [[4.0, 7], [9, 5], [5, 2], [2, 6], [1, 3]]
     # Video 0: its best is 9, none is above: 1. Video 1: its best is 6, and 7 of video 0 is above: 2.
