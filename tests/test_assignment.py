@@ -163,6 +163,7 @@ def test_grading_gives_partial_points_and_survives_what_students_write(copy, tmp
         points = assignment.grade(tmp_path, [number])
         return points, capsys.readouterr().out.splitlines()
 
+    monkeypatch.setattr(assignment, "LIMIT", 600)  # a busy machine
     for path in SOURCES.values():
         shutil.copyfile(path, tmp_path / path.name)
     points, (_, lost, _) = grade(6, "clipbert", 'if how == "lse":', 'if how == "other":')
