@@ -353,16 +353,13 @@ def fused_by_hand(model, grid, ids, mask, keep):
     return torch.cat(states + pooled)
 
 
-def texts(lengths):
-    """Random ids, at most 6 of a text, and the mask that keeps so many of each."""
-    ids = torch.randint(1, 200, (len(lengths), 6), generator=seeded(len(lengths)))
-    return ids, (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
-
-
 def agree_on_fuse(model, videos, lengths, black=0, keep=None):
+    """lengths: of the texts; black: how many of the grid's rows."""
+    ids = torch.randint(1, 200, (len(lengths), 6), generator=seeded(len(lengths)))
+    mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
     grid = normal(videos, 1, 2, 3, 32)
     grid[:, :, :black] = 0
-    agree(fused, fused_by_hand, model, grid, *texts(lengths), keep)
+    agree(fused, fused_by_hand, model, grid, ids, mask, keep)
 
 
 @worth(4, "states are not those of BERT's layers over [text; grid], pooled not the pooler's, or keep is not passed on")
@@ -384,8 +381,9 @@ def test_exercise4_texts_of_a_video():
     for videos, count in ((2, 6), (1, 2)):
         agree_on_fuse(encoder(), videos, [6] * count)
     for videos, count in ((2, 3), (3, 4), (2, 1), (4, 6)):  # do not divide
+        ids = torch.ones(count, 6, dtype=torch.long)
         with pytest.raises(ValueError) as error:
-            fused(encoder(), normal(videos, 1, 2, 2, 32), *texts([4] * count), None)
+            encoder().fuse(normal(videos, 1, 2, 2, 32), ids, ids)
         assert str(count) in str(error.value) and str(videos) in str(error.value)
 
 
@@ -457,7 +455,6 @@ BY_HAND = {
     "max": lambda logits: torch.stack(list(logits)).sort(0).values[-1],
     "lse": lambda logits: functools.reduce(torch.logaddexp, logits),
 }
-LARGE = torch.tensor([[[1000.0, -1000.0, 90.0, -20.0, 80.0]], [[999.0, -1001.0, -90.0, -20.5, -20.0]]])
 
 
 def agree_on_aggregation(how, on_paper):
@@ -467,9 +464,10 @@ def agree_on_aggregation(how, on_paper):
     for case in GOLDEN["clip_aggregation"]:
         if case["pool"] == how:
             close(G(torch.tensor(case["logits"])), torch.tensor(case["eval_pooled_logits"]))
-    for shape in [(4, 4, 4), (3, 2, 5), (1, 3, 5), (1, 1, 1), (16, 1, 2)]:
-        agree(G, BY_HAND[how], normal(*shape, scale=3))
-    agree(G, BY_HAND[how], LARGE)
+    large = torch.tensor([[[1000.0, -1000.0, 90.0, -20.0, 80.0]], [[999.0, -1001.0, -90.0, -20.5, -20.0]]])
+    sizes = [(4, 4, 4), (3, 2, 5), (1, 3, 5), (1, 1, 1), (16, 1, 2)]
+    for logits in (large, *(normal(*shape, scale=3) for shape in sizes)):
+        agree(G, BY_HAND[how], logits)
     doubles = torch.tensor([[[1.0]], [[1.0 + 1e-10]]], dtype=torch.float64)
     assert abs(G(doubles) - BY_HAND[how](doubles)).item() < 1e-14
 
