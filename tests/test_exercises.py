@@ -67,7 +67,7 @@ def pure(function, *inputs, **more):
     """function(*inputs), of which nothing remains but what it returns."""
 
     def world():
-        numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        numbers = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
         return {
             "draws random numbers that do not come from the generator it is given": numbers,
             "changes its inputs": [x.tolist() if torch.is_tensor(x) else str(x) for x in inputs],
@@ -682,7 +682,9 @@ def test_exercise9_special():
 
 @worth(2, "a word's chance or fate depends on its neighbours, or on how many are chosen")
 def test_exercise9_each_by_itself():
-    counts = torch.stack([mask_tokens(word_ids(20), seed)[1].sum() for seed in range(1500)]).double()
+    ids, generator = word_ids(20), seeded(0)
+    counts = [data.mask_tokens(ids, TOKENIZER, generator)[1].ne(-100).sum() for _ in range(1500)]
+    counts = torch.stack(counts).double()
     assert abs(counts.mean() - 3) < 0.25 and abs(counts.var() - 20 * 0.15 * 0.85) < 0.5  # now and then none
     masked, chosen = mask_tokens(word_ids(20_000, 4), rate=0.5)
     assert (chosen.double().mean(0) - 0.5).abs().max() < 0.02
