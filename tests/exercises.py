@@ -35,7 +35,8 @@ def match_captions(images, captions, generator):
 
     images: a list of B names; captions: the list of their B captions. An image may be there more than once, with other
     captions. Each caption, whatever happens to the others, is replaced with probability 1/2: by one of the captions of
-    this batch that are not said of its image, each equally likely. Capital letters make no difference to what is said.
+    this batch that are not said of its image, each place in the batch equally likely. Capital letters make no
+    difference to what is said.
     Where there is none, it stays. -> a new list of B captions; B labels (a list of ints): 1 where the caption is its
     image's own, 0 where it is another's. All random numbers come from the generator.
     """

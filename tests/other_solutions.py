@@ -1,7 +1,7 @@
 """Solutions of the exercises that are as right as the project's, but written in another way.
 
 test_assignment.py puts them in place: the tests must accept them, and must refuse what slips and
-mistakes make of them.
+mistakes make of them, but for EQUIVALENT ones.
 """
 
 import numpy as np
@@ -195,3 +195,22 @@ def ranks_of(own, scores):
     lucky = 1 + (scores > own).sum(axis=1)
     unlucky = (scores >= own).sum(axis=1)
     return torch.tensor((lucky + unlucky) / 2)
+
+
+# Slips that change nothing that anybody could see, where `assignment.py --mutants` finds them.
+EQUIVALENT = {f"{name} {place}" for name, places in {
+    # a difference of 0, or rounded away; float32 is precise enough for videos of some hours
+    "sample_clips": "3:34-53/0 3:59-62/1 11:24-34/0 15:28-41/0 5:16-68/0 7:16-65/1 9:16-46/0 10:12-43/0 14:16-46/0",
+    "forward": "4:8-69/1 5:8-48/2",  # the default
+    "fuse": "5:12-51/1 10:74-77/0 10:74-77/1 11:69-70/1",  # an index may lie anywhere; 1e9 + 1; the only one
+    "aggregate_clips": "4:18-65/0 5:63-64/1",  # gradients that cancel; the only one
+    "video_loss": "3:40-41/1 4:23-65/1 6:26-50/1 6:47-49/0 8:21-22/1",  # the only axis, the only column
+    "evaluate": "10:16-71/0 11:25-42/0",  # argmax flattens, too; a tensor of that number
+    "mask_tokens": "5:14-69/0 9:21-31/0 10:24-35/0 10:40-50/0 11:53-71/0",  # a random number is hardly ever .8
+    "mlm_loss": "5:47-49/0 7:76-93/0",  # the last axis; a tensor of that number
+    "itm_loss": "2:12-26/0 3:22-36/0",  # float32 because of the other one
+    # the other side of the coin; zip's check of lengths
+    "match_captions": "3:23-57/1 3:52-56/0 6:23-57/1 6:52-56/0 8:30-83/0 8:30-78/0 8:82-83/1 11:26-38/0",
+    # zip's check of lengths; shapes that torch would bring about by itself
+    "retrieval_metrics": "2:24-34/0 4:22-64/1 4:59-63/0 5:30-54/0 11:38-54/0 13:31-57/0 13:59-88/0",
+}.items() for place in places.split()}  # fmt: skip
