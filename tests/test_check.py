@@ -58,7 +58,7 @@ def test_every_kind_of_damage_is_found_where_it_is(toy, capsys):
 def test_training_videos_that_are_all_bad_are_not_called_fine(what, damage, toy, capsys):
     for path in (toy / "gifs").glob("toy_train*"):
         damage(path)
-    code, out, found = check(capsys, "tgif_qa", toy.parent)
+    code, out, found = check(capsys, "tgif_qa_transition", toy.parent)  # two questions a video
     assert (code, found) == (1, {(f"videos {what}", "train"): 12}) and "nothing here" not in out
     assert len(re.findall("^  .*toy_train", out, re.MULTILINE)) == 3  # the first of them
 
