@@ -148,14 +148,14 @@ def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(brok
 
 
 def test_missing_videos_are_counted_and_stop_the_run(toy_tgif_qa, tmp_path, capsys):
-    folder = tmp_path / "data"
+    folder, step = tmp_path / "data", ("--out", tmp_path / "out", "--max_steps", 1)
     shutil.copytree(toy_tgif_qa, folder)
     for i in range(5):
         (folder / "gifs" / f"toy_train_{i:04d}.gif").unlink()
-    assert "5 of 12 train videos are missing" in failing(capsys, finetune, "--data", folder, "--out", tmp_path / "out")
-    assert short(folder, tmp_path / "out", "--allow_missing")["examples"] == 6
+    assert "5 of 12 train videos are missing" in failing(capsys, finetune, "--data", folder, *step)
+    assert short(folder, tmp_path / "short", "--allow_missing")["examples"] == 6
     shutil.rmtree(folder / "gifs")
-    assert "12 of 12" in failing(capsys, finetune, "--data", folder, "--out", tmp_path / "x", "--allow_missing")
+    assert "12 of 12" in failing(capsys, finetune, "--data", folder, "--allow_missing", *step)
 
 
 def predicted(capsys, out, video, *question):
