@@ -59,9 +59,9 @@ def test_blind_runs_see_black_frames_only(toy_tgif_qa):
 
 
 def test_accumulation_and_workers_change_nothing_and_the_seed_everything(toy_tgif_qa, tmp_path):
-    """2 x 3 and 6 x 1, 24 examples in epochs of 7: the same weights but for the order of sums."""
-    options = ("--limit", 7, "--lr", 1e-4, "--test_clips", 1)
-    short(toy_tgif_qa, tmp_path / "one", "--batch_size", 6, *options)
+    """2 x 3 and 6 x 1, 24 examples in epochs of 5: the same weights but for the order of sums."""
+    options = ("--limit", 5, "--lr", 1e-4, "--test_clips", 1)
+    assert short(toy_tgif_qa, tmp_path / "one", "--batch_size", 6, *options)["examples"] == 5
     short(toy_tgif_qa, tmp_path / "two", "--batch_size", 3, "--grad_accum", 2, "--workers", 1, *options)
     short(toy_tgif_qa, tmp_path / "other", "--batch_size", 6, "--seed", 1, *options)
     assert steps(tmp_path / "one") == steps(tmp_path / "two") == [1, 2, 3, 4]
@@ -148,14 +148,14 @@ def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(brok
 
 
 def test_missing_videos_are_counted_and_stop_the_run(toy_tgif_qa, tmp_path, capsys):
-    folder = tmp_path / "data"
+    folder, step = tmp_path / "data", ("--out", tmp_path / "out", "--max_steps", 1)
     shutil.copytree(toy_tgif_qa, folder)
     for i in range(5):
         (folder / "gifs" / f"toy_train_{i:04d}.gif").unlink()
-    assert "5 of 12 train videos are missing" in failing(capsys, finetune, "--data", folder, "--out", tmp_path / "out")
-    assert short(folder, tmp_path / "out", "--allow_missing")["examples"] == 6
+    assert "5 of 12 train videos are missing" in failing(capsys, finetune, "--data", folder, *step)
+    assert short(folder, tmp_path / "short", "--allow_missing")["examples"] == 6
     shutil.rmtree(folder / "gifs")
-    assert "12 of 12" in failing(capsys, finetune, "--data", folder, "--out", tmp_path / "x", "--allow_missing")
+    assert "12 of 12" in failing(capsys, finetune, "--data", folder, "--allow_missing", *step)
 
 
 def predicted(capsys, out, video, *question):
