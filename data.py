@@ -1890,11 +1890,11 @@ def row(images):
 
 def text_strip(text, size=17, color=DARK, width=WIDTH):
     """Text in lines of at most `width` pixels, none of it cut off; size: of its letters."""
-    font, letters = ImageFont.load_default(size), 3 * width // size  # most are wider than a third of their height
-    lines = textwrap.wrap(text, letters) or [""]
-    while max(map(font.getlength, lines)) > width:  # then fewer in a line
-        letters -= 1
-        lines = textwrap.wrap(text, letters)
+    font = ImageFont.load_default(size)
+    for letters in range(3 * width // size, 0, -1):  # as many in a line as fit; most are wider than size / 3
+        lines = textwrap.wrap(text, letters) or [""]
+        if max(map(font.getlength, lines)) <= width:
+            break
     # Half a line stays free above: it belongs to what is below it. 6: between lines, for the g and y of the last, too.
     strip = Image.new("RGB", (width, size // 2 + (size + 6) * len(lines)), "white")
     ImageDraw.Draw(strip).multiline_text((0, size // 2), "\n".join(lines), fill=color, font=font, spacing=6)
@@ -1902,9 +1902,10 @@ def text_strip(text, size=17, color=DARK, width=WIDTH):
 
 
 def bar(text, length, color):
-    """A number in words; below it, a bar; length: 0..1."""
-    # + 1: a length of 0 is a line, not nothing; 7: thin, as the text above it already says how long
-    return pile([text_strip(text, 16, width=BAR), Image.new("RGB", (1 + round(BAR * length), 7), color)])
+    """Text; below it, a bar, from length 0 to 1, BAR pixels; what is longer or below 0 (a count may be) is drawn as these."""
+    # + 1: 0 is a line, not nothing; 7: thin, as the text above it already says how long
+    width = 1 + round(BAR * min(max(length, 0), 1))
+    return pile([text_strip(text, 16, width=BAR), Image.new("RGB", (width, 7), color)])
 
 
 def picture(frame, media, text, color, attention=None):
@@ -1941,8 +1942,8 @@ def time_line(media, clips, length, colors):
     """
     seconds = media.num_frames / media.fps
     scale = (WIDTH - 80) / seconds  # pixels of a second; 80: room for the last label
-    places = (clips / media.fps * scale).tolist()
-    starts, wide = [frames[0] for frames in places], max(length * scale - 2, 5)  # 2: a gap between neighbours
+    places = clips / media.fps * scale
+    starts, wide = places[:, 0].tolist(), max(length * scale - 2, 5)  # 2: a gap between neighbours
     # Clips may overlap: they take turns in as many lanes as start before one of them ends. 20: room for its number.
     lanes = max(bisect.bisect(starts, start + max(wide, 20)) - i for i, start in enumerate(starts))
     strip = Image.new("RGB", (WIDTH, 34 * (1 + lanes) + GAP), "white")
@@ -1951,11 +1952,10 @@ def time_line(media, clips, length, colors):
         x = (WIDTH - 80) * i / 8
         draw.line((x, 32, x, strip.height), fill=PALE)
         draw.text((x, 12), f"{seconds * i / 8:.2f} s", fill=DARK, font_size=15)
-    for i, (start, frames, color) in enumerate(zip(starts, places, colors, strict=True)):
+    for i, (start, color) in enumerate(zip(starts, colors, strict=True)):
         top = 34 * (1 + i % lanes)
         draw.rectangle((start, top, start + wide, top + 12), fill=color)
-        for x in frames:
-            x = min(x + 2, start + wide - 6)  # the last frame is at the clip's end
+        for x in (places[i] + 2).clamp(max=start + wide - 6).tolist():  # the last frame may be at the clip's end
             draw.ellipse((x, top + 4, x + 4, top + 8), fill="white")
         draw.text((start, top + 15), str(i + 1), fill=DARK, font_size=14)
     return strip

@@ -693,50 +693,43 @@ def clip_weights(points, how):
     return torch.func.grad(lambda p: clipbert.aggregate_clips(p, how))(points)
 
 
-def bars(seen, i, color):
-    """What clip i says, or with i = -1 all clips: a bar for each name, the highest in colour."""
-    scores = seen.scores[i].tolist()
-    full = 10 if seen.scores.max() > 1 else 1  # the longest bar: a count, TGIF-QA's go up to 10; or a probability
-    return [data.bar(f"{score:.3f}  {name}", min(max(score / full, 0), 1), color if score == max(scores) else data.PALE)
-            for name, score in zip(seen.names, scores, strict=True)]  # fmt: skip
-
-
-def clip_strip(title, seen, i, bars, color):
-    """Clip i: its frames, the grid, bars. One scale of the grid's colours for all clips: they can be compared."""
+def clip_strip(s, title, seen, i, color):
+    """Clip i: its frames, the grid, what it says beside what all clips say together, its weight in G."""
     frames, times, T = seen.frames[i], seen.clips[i] / seen.media.fps, seen.frames.shape[1]
     columns = [
         data.picture(frames[t], seen.media, f"{times[t]:.2f} s", color)
         for t in range(0, T, -(-T // 3))  # at most three, so that the bars have half of the sheet
     ]
-    # The model takes the mean over the T frames of a clip: there is one grid, drawn over the middle frame.
+    # The model takes the mean over the T frames of a clip: there is one grid, drawn over the middle frame. All clips
+    # of a video have one scale of colours, and one of bars.
     text, heat = f"{seen.attention[i].sum():.0%} on the grid", seen.attention[i] / seen.attention.max()
-    columns += [data.picture(frames[T // 2], seen.media, text, color, heat), data.pile(bars)]
-    return data.pile([data.text_strip(title, color=color), data.row(columns)])
+    columns.append(data.picture(frames[T // 2], seen.media, text, color, heat))
+    full = 10 if seen.scores.max() > 1 else 1  # the longest bar: a count, TGIF-QA's go up to 10; or a probability
+    bars = [data.bar(f"{alone:.3f}  {name}  (all clips: {together:.3f})", alone / full, color)
+            for name, alone, together in zip(seen.names, *seen.scores[[i, -1]].tolist(), strict=True)]  # fmt: skip
+    weight = clip_weights(seen.points, s.agg)[i].item()
+    bars.append(data.bar(f"{weight:.3f}  is its weight in G", weight, data.DARK))
+    return data.pile([data.text_strip(title, color=color), data.row([*columns, data.pile(bars)])])
 
 
-def legend(top):
-    """What the colours on the grid mean, and what they do not. top: what yellow is, in words."""
-    text = (f"Colours on the grid, from 0 to {top}: [CLS]'s attention to each cell in the last layer, the mean of all "
-            "heads; the rest of 100% goes to the words. Attention is not an explanation: the answer may hang on "
-            "something else.")  # fmt: skip
+def legend(s, top):
+    """What a clip's numbers and colours mean, and what they do not. top: what yellow is, in words."""
+    text = (f"Bars: what a clip says alone; in brackets, the best first: what G = {s.agg} makes of all clips. Colours on "
+            f"the grid, from 0 to {top}: [CLS]'s attention to each cell in the last layer, the mean of all heads; the rest "
+            "of 100% goes to the words. Attention is not an explanation: the answer may hang on something else.")  # fmt: skip
     scale = data.colors(torch.linspace(0, 1, data.SIDE).expand(16, -1))
     return data.pile([data.text_strip(text, color=data.GREY), scale])
 
 
 def prediction_sheet(s, seen):
-    """What led to an answer: the time line, a strip for each of s.clips clips, and what G makes of all clips."""
+    """What led to an answer: all clips on the time line, and a strip for each of the s.clips best, in order of time."""
     N, T = seen.clips.shape
     # Whatever G is, mean, max or lse: the higher a clip's own p_i, the more of the answer is due to it.
     shown = sorted(seen.points.argsort(descending=True)[: s.clips].tolist())
     colors = dict(zip(shown, data.SHEET_COLORS, strict=False))
     strips = [data.time_line(seen.media, seen.clips, T / s.fps, [colors.get(i, data.PALE) for i in range(N)])]
-    weights = clip_weights(seen.points, s.agg).tolist()
-    for i, color in colors.items():
-        weight = data.bar(f"{weights[i]:.3f}  is its weight in G", weights[i], data.DARK)
-        says = [*bars(seen, i, color), weight]
-        strips.append(clip_strip(f"Clip {i + 1} of {N}. On its own it says:", seen, i, says, color))
-    strips += [data.text_strip(f"All clips together, G = {s.agg}:"), *bars(seen, -1, data.DARK)]
-    strips.append(legend(f"{seen.attention.max():.1%} in one cell"))
+    strips += [clip_strip(s, f"Clip {i + 1} of {N}", seen, i, color) for i, color in colors.items()]
+    strips.append(legend(s, f"{seen.attention.max():.1%} in one cell"))
     about = (f"{Path(s.predict).name}: N = {N} clips of T = {T} frames. Shown are at most {s.clips} (--clips), those "
              "with the highest score for the answer; others are grey.")  # fmt: skip
     return data.draw_sheet(s.question, about, strips, s.predict)
@@ -756,26 +749,25 @@ def example_sheet(s, model, collate, examples, predictions):
         else:
             answer, found = example.options[example.answer] if example.options else example.answer, example.video
         title, color = ("Right", "#009e73") if right else ("Wrong", "#d55e00")
-        title += f": {example.text} (answer: {answer})."
+        title += f": {example.text} (answer: {answer}). Shown: "
         if len(strips[right]) < 4:
             for video in dict.fromkeys([example.video, found]):  # two of a retrieval mistake
-                looked_at = example._replace(video=video, path=paths[video])
-                strips[right].append(example_strip(s, model, collate, looked_at, said["clips"], title, color))
+                shown = example._replace(path=paths[video])
+                strips[right].append(best_strip(s, model, collate, shown, said["clips"], title + video, color))
     title = f"{TASKS[s.task].title}, N_test = {said['clips']}: the first test examples right and wrong"
-    about = "Shown is the clip with the highest score for the answer; the bars are what all clips say together."
-    strips = [*strips[True], *strips[False], legend("a video's highest")]
+    about = "Shown is the clip with the highest score for the answer."
+    strips = [*strips[True], *strips[False], legend(s, "a video's highest")]
     return data.draw_sheet(title, about, strips, examples[0].path)
 
 
-def example_strip(s, model, collate, example, n_clips, title, color):
-    """The clip with the highest score for the answer, and what all clips say together."""
-    title += f" Shown: {example.video}"
+def best_strip(s, model, collate, example, n_clips, title, color):
+    """The clip with the highest score for the answer."""
     try:
         seen = look(s, model, collate, example, n_clips)
     except data.DataError as error:
-        return data.text_strip(f"{title}: unreadable. {error}", color=color)
+        return data.text_strip(f"{title}, unreadable. {error}", color=color)
     best = seen.points.argmax().item()
-    return clip_strip(f"{title}, clip {best + 1} of {n_clips}:", seen, best, bars(seen, -1, color), color)
+    return clip_strip(s, f"{title}, clip {best + 1} of {n_clips}", seen, best, color)
 
 
 if __name__ == "__main__":

@@ -121,10 +121,11 @@ def test_predict_draws_each_clips_frames_scores_and_weight(toy, tmp_path, drawn)
     frames = data.read_clips(toy / "gifs" / "toy_test_0000.gif", 3, 1, 1.0, 64, False)[:, 0]
     pictures = zip(drawn["picture"], frames.repeat_interleave(2, 0), strict=True)
     assert all(given[0].equal(frame) for given, frame in pictures)  # each frame, then the same below its grid
-    said = [text.split("  ")[1] for text, *_ in drawn["bar"]]  # of a clip first its weight, then its scores
-    assert len(said) == 3 * 4 + 3 and all({*said[i : i + 3]} == {*OPTIONS} for i in (1, 5, 9, 12))
-    assert sorted(drawn["bar"][i][1] for i in (0, 4, 8)) == [0, 0, 1]  # G = max: one clip's weight is 1, the others' 0
-    assert "not an explanation" in titles(drawn, "Colours on the grid")[0]
+    said = [text.split("  ")[1] for text, *_ in drawn["bar"]]  # of each clip its scores, then its weight
+    assert len(said) == 3 * 4 and all({*said[i : i + 3]} == {*OPTIONS} for i in (0, 4, 8))
+    assert sorted(drawn["bar"][i][1] for i in (3, 7, 11)) == [0, 0, 1]  # G = max: one clip's weight is 1, the others' 0
+    assert "in brackets, the best first: what G = max" in titles(drawn, "Bars")[0] and drawn["bar"][0][0].endswith(")")
+    assert "not an explanation" in titles(drawn, "Bars")[0]
 
 
 def test_at_most_six_clips_are_drawn_unless_asked(toy, tmp_path, drawn):
@@ -146,7 +147,7 @@ def test_training_leaves_right_and_wrong_examples(toy, seen, drawn):
     for title, word, e in zip(titles(drawn, *words), words, examples, strict=True):
         assert title.startswith(f"{word}: {e.text} (answer: {e.options[e.answer]}). Shown: {e.video}")
         assert ("unreadable" in title and f"{e.video}.gif" in title) == (e == examples[3])
-    assert len(drawn["picture"]) == 3 * 2 and len(drawn["bar"]) == 3 * 5
+    assert len(drawn["picture"]) == 3 * 2 and len(drawn["bar"]) == 3 * 6
 
 
 def test_retrieval_shows_the_right_video_and_then_the_one_found_instead(tmp_path, drawn):
