@@ -649,11 +649,12 @@ class Seen(NamedTuple):
 
 def look(s, model, collate, example, n_clips):
     """-> Seen of an example at N_test = n_clips. A video that can't be read is an error."""
-    media, kind = data.probe(example.path), TASKS[s.task].kind
-    clips = data.sample_clips(media.num_frames, media.fps, n_clips, s.frames, s.fps, train=False)
     batch = collate([data.ClipDataset([example], s, n_clips=n_clips, train=False)[0, 0]])
     if batch["unreadable"][0]:
         raise data.DataError(batch["unreadable"][0][0])
+    # --blind opens no video, so that a missing one, whose path is None, comes so far
+    media, kind = data.probe(example.path or example.video), TASKS[s.task].kind
+    clips = data.sample_clips(media.num_frames, media.fps, n_clips, s.frames, s.fps, train=False)
     p, attention = attend(s, model, batch)  # (N, n, K), (N, n, h, w); n: texts
     p = torch.cat([p, clipbert.aggregate_clips(p, s.agg)[None]])  # each clip, and all together
     points = p[..., -1] if kind == "match" else p.flatten(1)  # (N + 1, options or answers): a number each
@@ -757,7 +758,7 @@ def example_sheet(s, model, collate, examples, predictions):
     title = f"{TASKS[s.task].title}, N_test = {said['clips']}: the first test examples right and wrong"
     about = "Shown is the clip with the highest score for the answer."
     strips = [*strips[True], *strips[False], legend(s, "a video's highest")]
-    return data.draw_sheet(title, about, strips, examples[0].path)
+    return data.draw_sheet(title, about, strips, examples[0].path or "")  # a missing video has none
 
 
 def best_strip(s, model, collate, example, n_clips, title, color):
