@@ -9,6 +9,7 @@ from conftest import run
 from PIL import Image
 from runs import flags
 
+import clipbert
 import data
 import finetune
 
@@ -75,7 +76,7 @@ def test_outputs_without_an_answer_are_never_shown(seen):
     """A model of open questions may have more outputs than there are answers."""
     s, model, collate, example, _, _ = seen
     collate = data.Collator(collate.tokenizer, s.text_length, answers=["one"])
-    what = finetune.look(s, model, collate, example._replace(options=()), 3)
+    what = finetune.look(s, clipbert.ClipBert(model.cfg, 7), collate, example._replace(options=()), 3)
     assert what.names == ["one"] and what.scores.shape == (4, 1)
 
 
