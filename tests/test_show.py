@@ -55,9 +55,8 @@ def test_text_is_wrapped_and_never_cut(text, monkeypatch):
     """All of it is written, and no line is as wide as its strip."""
     written, font = [], data.ImageFont.load_default(9)
     monkeypatch.setattr(data.ImageDraw.ImageDraw, "multiline_text", lambda self, place, text, **_: written.append(text))
-    strip = data.text_strip(text, 9, width=300)
-    assert "".join(written[0].split()) == "".join(text.split())
-    lines = written[0].split("\n")
+    strip, lines = data.text_strip(text, 9, width=300), written[0].split("\n")
+    assert "".join("".join(lines).split()) == "".join(text.split())
     assert all(font.getlength(line) <= 300 for line in lines) and strip.height >= 15 * len(lines)
 
 
