@@ -42,6 +42,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -1821,15 +1822,16 @@ def toy_data(*parts, folder="toy_data"):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures: `python data.py show`, finetune.py's --sheet and the sheet that training leaves
 #
-# A sheet is a list of images, one below the other. Each of them is made of smaller ones in the same
-# way, so `pile` is all the layout there is: nothing overlaps, and everything has the room it needs.
+# A sheet is a pile of strips: text, the time line, rows of pictures and bars. All of them are images, so `pile` and
+# `row` are all the layout there is: nothing overlaps, and everything has the room it needs.
 
 SIDE, GAP = 180, 10  # pixels of a picture, and between two: a frame of 448 can still be recognised,
 WIDTH = 8 * (SIDE + GAP) - GAP  # and eight stand side by side, which is 4 clips of 2 frames, on a usual screen
+BAR = 4 * (SIDE + GAP) - GAP  # the longest bar, beside four pictures
 MARGIN = 40  # around the sheet
 DARK, GREY, PALE = "#333333", "#666666", "#cccccc"
-SHEET_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # by Okabe and Ito: all can tell them
-HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis: brightness alone tells it
+# By Okabe and Ito: all people can tell them. 11 times: one for each of the 64 clips that can be drawn.
+SHEET_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9") * 11
 TOY_NOTE = ("Toy data: the yellow dots at the top are moons, which a question counts; the grey squares at the bottom "
             "count the repetitions of the action, and stay until the next round begins.")
 
@@ -1839,86 +1841,97 @@ def draw_sheet(title, about, strips, path):
     strips = [text_strip(title, 28), text_strip(about, color=GREY), *strips]
     if (Path(path).absolute().parent.parent / f"complete-{TOY_VERSION}").exists():  # see toy_data
         strips.append(text_strip(TOY_NOTE, color=GREY))
-    return ImageOps.expand(pile(strips, gap=2 * GAP), MARGIN, "white")
+    return ImageOps.expand(pile(strips), MARGIN, "white")
 
 
-def pile(images, across=False, gap=GAP):
-    """The images as one, each below the one before it; across: to its right."""
-    width, height = [image.width + gap for image in images], [image.height + gap for image in images]
-    size = (sum(width), max(height)) if across else (max(width), sum(height))
-    whole = Image.new("RGB", (size[0] - gap, size[1] - gap), "white")  # no gap after the last one
+def pile(images):
+    """The images as one, each below the one before it."""
+    size = max(image.width for image in images), sum(image.height for image in images)
+    whole, top = Image.new("RGB", size, "white"), 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
+    return whole
+
+
+def row(images):
+    """Images side by side, with room below them; all but the last are as wide as a picture."""
+    whole = Image.new("RGB", (WIDTH, max(image.height for image in images) + GAP), "white")
     for i, image in enumerate(images):
-        whole.paste(image, (sum(width[:i]), 0) if across else (0, sum(height[:i])))
+        whole.paste(image, (i * (SIDE + GAP), 0))
     return whole
 
 
 def text_strip(text, size=17, color=DARK, width=WIDTH):
-    """Text in lines of at most `width` pixels; size: of its letters."""
-    font, lines = ImageFont.load_default(size), [""]
-    # A line breaks before a word, or after 30 letters of a longer one: so many "W" fit beside the
-    # pictures, and no text is ever cut off.
-    for piece in re.findall(r"\S{1,30} ?", " ".join(text.split())):
-        if font.getlength(lines[-1] + piece.rstrip()) > width:
-            lines.append("")
-        lines[-1] += piece
-    strip = Image.new("RGB", (width, (size + 6) * len(lines)), "white")
-    for i, line in enumerate(lines):  # one by one: together they would be as far apart as their letters are high
-        ImageDraw.Draw(strip).text((0, (size + 6) * i), line.rstrip(), fill=color, font=font)
+    """Text in lines of at most `width` pixels, none of it cut off; size: of its letters."""
+    font = ImageFont.load_default(size)
+    for letters in range(3 * width // size, 0, -1):  # as many in a line as fit; most are wider than size / 3
+        lines = textwrap.wrap(text, letters) or [""]
+        if max(map(font.getlength, lines)) <= width:
+            break
+    # Half a line stays free above: it belongs to what is below it. 6: between lines, for the g and y of the last, too.
+    strip = Image.new("RGB", (width, size // 2 + (size + 6) * len(lines)), "white")
+    ImageDraw.Draw(strip).multiline_text((0, size // 2), "\n".join(lines), fill=color, font=font, spacing=6)
     return strip
 
 
-def row_strip(title, pictures, bars=(), color=DARK):
-    """A title; below it, pictures and, in the room that they leave, bars.
+def bar(text, length, color):
+    """Text; below it, a bar, from length 0 to 1, BAR pixels; what is longer or below 0 (a count may be) is drawn as these."""
+    # + 1: 0 is a line, not nothing; 7: thin, as the text above it already says how long
+    width = 1 + round(BAR * min(max(length, 0), 1))
+    return pile([text_strip(text, 16, width=BAR), Image.new("RGB", (width, 7), color)])
 
-    pictures: (image, what is written below it, the colour of its border); bars: (text, length from 0
-    to 1, colour). The border tells which clip it is, as does the clip's colour on the time line.
+
+def picture(frame, media, text, color, attention=None):
+    """A frame (3, L, L) of a file as the model receives it, in a border of this colour, with text below it.
+
+    attention (h, w), 0..1, to each cell of the grid: its colour, over the frame in grey.
     """
-    framed = [pile([ImageOps.expand(image, 2, border), text_strip(text, 14, GREY, image.width)], gap=4)
-              for image, text, border in pictures]  # fmt: skip
-    room, lines = WIDTH - sum(image.width + GAP for image in framed), []
-    for text, length, fill in bars:
-        # 2: a length of 0 is a line, not nothing; 7: thin, as the text above it already says how long
-        lines += [text_strip(text, 16, DARK, room), Image.new("RGB", (max(2, round(room * length)), 7), fill)]
-    columns = [*framed, pile(lines, gap=2)] if lines else framed
-    return pile([text_strip(title, color=color), pile(columns, across=True)], gap=4)
+    side = SIDE - 4  # two pixels of border on each side
+    image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((side, side))
+    draw = ImageDraw.Draw(image)
+    # Black may be a night, too. 42: room for the word, at the bottom or at the right; 4:3 leaves 44.
+    if min(resized_shape(media.height, media.width, side)) < side - 42:
+        draw.text((side - 3, side - 4), "padding", fill=PALE, font_size=11, anchor="rs")
+    if attention is not None:
+        heat = colors(attention).resize((side, side), Image.Resampling.NEAREST)
+        image.paste(Image.blend(image.convert("L").convert("RGB"), heat, 0.6))  # .6: both can be told
+        for i in range(1, len(attention)):  # the borders: it is a grid, and no smooth cloud
+            place = side * i // len(attention)
+            draw.line((0, place, side, place), fill="white")
+            draw.line((place, 0, place, side), fill="white")
+    return pile([ImageOps.expand(image, 2, color), text_strip(text, 14, GREY, SIDE)])
+
+
+def colors(values):
+    """(h, w), 0..1, as a picture: from violet, 0, to yellow, 1, as viridis: brightness alone tells the value."""
+    grey = Image.fromarray((255 * values).byte().numpy())
+    return ImageOps.colorize(grey, black="#440154", mid="#21918c", white="#fde725")
 
 
 def time_line(media, clips, length, colors):
-    """A strip: the video's seconds on an axis, below it a numbered bar for each clip, with a dot for each frame.
+    """A strip: the video's seconds, in eight parts; below them a numbered bar for each clip, with a dot for each frame.
 
-    clips (N, T): frame indices; length: a clip's seconds; colors: one a clip.
+    clips (N, T): frame indices, in order of time; length: a clip's seconds; colors: one a clip.
     """
     seconds = media.num_frames / media.fps
-    scale = WIDTH / seconds  # pixels of a second
-    lanes, ends = [time_axis(seconds)], [math.inf]  # the strips, and where in each the last bar ends
-    for i, (row, color) in enumerate(zip(clips.tolist(), colors, strict=True)):
-        # 20 pixels: room for the clip's number; 5: a second of an hour would be half a pixel
-        left = min(scale * row[0] / media.fps, WIDTH - 20)
-        right = left + max(scale * length - 2, 5)  # 2: a gap between neighbours
-        # Clips may overlap: each takes the first lane that is free again, or a new one.
-        lane = next((k for k, end in enumerate(ends) if end <= left + 0.01), len(lanes))
-        if lane == len(lanes):
-            lanes.append(Image.new("RGB", (WIDTH, 34), "white"))
-            ends.append(0)
-        ends[lane] = left + max(scale * length, 20)
-        draw = ImageDraw.Draw(lanes[lane])
-        draw.rectangle((left, 0, right, 12), fill=color)
-        for index in row:
-            x = min(max(scale * index / media.fps, left + 4), right - 4)
-            draw.ellipse((x - 2, 4, x + 2, 8), fill="white")
-        draw.text((left, 15), str(i + 1), fill=DARK, font=ImageFont.load_default(14))
-    return pile(lanes, gap=0)
-
-
-def time_axis(seconds):
-    """A strip: eight equal parts of a video, with the seconds at their ends."""
-    strip = Image.new("RGB", (WIDTH, 34), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(15)
-    draw.line((0, 28, WIDTH, 28), fill=DARK, width=2)
+    scale = (WIDTH - 80) / seconds  # pixels of a second; 80: room for the last label
+    places = clips / media.fps * scale
+    starts, wide = places[:, 0].tolist(), max(length * scale - 2, 5)  # 2: a gap between neighbours
+    # Clips may overlap: they take turns in as many lanes as start before one of them ends. 20: room for its number.
+    lanes = max(bisect.bisect(starts, start + max(wide, 20)) - i for i, start in enumerate(starts))
+    strip = Image.new("RGB", (WIDTH, 34 * (1 + lanes) + GAP), "white")
+    draw = ImageDraw.Draw(strip)
     for i in range(9):
-        x, anchor = (WIDTH - 2) * i / 8, "rs" if i == 8 else "ls"  # the last one ends where the sheet does
-        draw.line((x, 20, x, 28), fill=DARK, width=2)
-        draw.text((x, 17), f"{seconds * i / 8:.2f} s", fill=DARK, font=font, anchor=anchor)
+        x = (WIDTH - 80) * i / 8
+        draw.line((x, 32, x, strip.height), fill=PALE)
+        draw.text((x, 12), f"{seconds * i / 8:.2f} s", fill=DARK, font_size=15)
+    for i, (start, color) in enumerate(zip(starts, colors, strict=True)):
+        top = 34 * (1 + i % lanes)
+        draw.rectangle((start, top, start + wide, top + 12), fill=color)
+        for x in (places[i] + 2).clamp(max=start + wide - 6).tolist():  # the last frame may be at the clip's end
+            draw.ellipse((x, top + 4, x + 4, top + 8), fill="white")
+        draw.text((start, top + 15), str(i + 1), fill=DARK, font_size=14)
     return strip
 
 
@@ -1927,53 +1940,22 @@ def contact_sheet(path, n_clips, n_frames, target_fps, size, seed=None):
 
     seed: random clips, as in training; None: uniform ones, as in testing.
     """
-    media, generator = probe(path), None if seed is None else torch.Generator().manual_seed(seed)
+    media, generator = probe(path), torch.Generator().manual_seed(seed or 0)
     clips = sample_clips(media.num_frames, media.fps, n_clips, n_frames, target_fps, seed is not None, generator)
     clips = clips[clips[:, 0].argsort(stable=True)]  # random ones in the order of time, too
-    colors = [SHEET_COLORS[i % len(SHEET_COLORS)] for i in range(n_clips)]
     indices, pictures = clips.flatten().tolist(), []
     for i, frame in enumerate(read_frames(path, indices, size)):
-        caption = f"clip {i // n_frames + 1}: {indices[i] / media.fps:.2f} s"
-        pictures.append((picture(frame, media), caption, colors[i // n_frames]))
+        text = f"clip {i // n_frames + 1}: {indices[i] / media.fps:.2f} s"
+        pictures.append(picture(frame, media, text, SHEET_COLORS[i // n_frames]))
     how = f"at random, as in training (seed {seed})."
     if seed is None:  # those who wonder why the end is never looked at find the reason here
         how = ("uniform, as in testing: clip i starts at f i / N, i = 0 .. N - 1, with f = length - clip (N = 1: f / 2), "
                "so that the last part of a video is never seen.")  # fmt: skip
-    h, w = resized_shape(media.height, media.width, size)
-    pixels = f"Pixels: {media.width} x {media.height}, resized to {w} x {h}, padded to {size} x {size}."
-    strips = [time_line(media, clips, n_frames / target_fps, colors)]
-    strips += [row_strip("", pictures[i : i + 8]) for i in range(0, len(pictures), 8)]
-    about = f"N = {n_clips} clips of T = {n_frames} frames, {how} {pixels}"
+    about = (f"N = {n_clips} clips of T = {n_frames} frames, {how} Pixels: {media.width} x {media.height}, resized "
+             f"and padded to {size} x {size}.")  # fmt: skip
+    strips = [time_line(media, clips, n_frames / target_fps, SHEET_COLORS[:n_clips])]
+    strips += [row(pictures[i : i + 8]) for i in range(0, len(pictures), 8)]
     return draw_sheet(Path(path).name, about, strips, path)
-
-
-def picture(frame, media):
-    """A frame (3, L, L) as the model receives it; media: of its file, None for one that can't be read."""
-    side = SIDE - 4  # two pixels of border on each side
-    image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
-    shape = resized_shape(media.height, media.width, side) if media else (0, 0)
-    if min(shape) < side - 60:  # room for a word at the bottom or the right: black may be a night, too
-        place, font = (side - 4, side - 4), ImageFont.load_default(14)
-        ImageDraw.Draw(image).text(place, "padding" if media else "unreadable", fill=PALE, font=font, anchor="rs")
-    return image
-
-
-def overlay(image, attention, top):
-    """A picture in grey below the attention (h, w) to the grid's cells; violet is 0, yellow is `top`."""
-    heat = colors(attention, top).resize(image.size, Image.Resampling.NEAREST)
-    image = Image.blend(image.convert("L").convert("RGB"), heat, 0.6)  # .6: both can be told
-    draw, side, cells = ImageDraw.Draw(image), image.width, len(attention)
-    for i in range(1, cells):  # the borders: it is a grid, and no smooth cloud
-        draw.line((0, side * i // cells, side, side * i // cells), fill="white")
-        draw.line((side * i // cells, 0, side * i // cells, side), fill="white")
-    return image
-
-
-def colors(values, top):
-    """(h, w) from 0 to `top` as a picture in the colours of HEAT."""
-    stops = np.linspace(0, top, len(HEAT))
-    rgb = [np.interp(values.numpy(), stops, channel) for channel in zip(*HEAT, strict=True)]
-    return Image.fromarray(np.stack(rgb, -1).astype(np.uint8))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

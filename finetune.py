@@ -617,19 +617,16 @@ def run_prediction(given):
     # Of a retrieval model all are captions, and nothing is asked.
     text, options = ("", (s.question, *s.options)) if kind == "match" else (s.question, s.options)
     example = data.Example("0", Path(s.predict).name, text, options, answer=0, path=s.predict)
-    media = data.probe(s.predict)
-    clips = data.sample_clips(media.num_frames, media.fps, n, s.frames, s.fps, False)
     seen, known = look(s, model, collate, example, n), collate.tokenizer.get_vocab()
     unknown = [word for text in (s.question, *s.options) for word in data.words_of(text) if word not in known]
     if s.model == "tiny" and unknown:
         print(f"note: a toy model, which has never read {', '.join(unknown)}: it can only guess")
     asked = "how likely each caption is this video's, for itself" if kind == "match" else text
     print(f"{example.video}, {n} clips of {s.frames} frames: {asked}")
-    for i in best_first(seen.ranking):
-        score = seen.ranking[i].item()
-        print(f"  {score:.2f}" if kind == "count" else f"  {score:6.1%}  {seen.names[i]}")
+    for name, score in zip(seen.names, seen.scores[-1].tolist(), strict=True):
+        print(f"  {score:.2f}" if kind == "count" else f"  {score:6.1%}  {name}")
     if s.sheet:
-        prediction_sheet(s, seen, clips).save(s.sheet)
+        prediction_sheet(s, seen).save(s.sheet)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -637,153 +634,139 @@ def run_prediction(given):
 
 
 class Seen(NamedTuple):
-    """What a model looked at in one video; all of it on the CPU. n: the names of options or answers."""
+    """What a model looked at in one video, and what it said; all of it on the CPU."""
 
-    frames: torch.Tensor  # (N, T, 3, L, L) uint8: the clips
+    media: data.Media
+    clips: torch.Tensor  # (N, T): indices of the frames
+    frames: torch.Tensor  # (N, T, 3, L, L) uint8
     attention: torch.Tensor  # (N, h, w): from [CLS] to each cell of the grid; the rest of 1 goes to the words
-    names: list
-    scores: torch.Tensor  # (N, n): what each clip says alone, as probabilities; in counting, the number
-    ranking: torch.Tensor  # (n,): what all clips say together
-    points: torch.Tensor  # (N,): p_i of the best name, before any softmax: what G makes one number of
-    unreadable: list  # what is wrong with the video, if it can't be read: then its frames are black
+    names: list  # of the n <= 5 best answers of all clips together, the best first
+    scores: torch.Tensor  # (N + 1, n): what each clip says alone, and, last, all together: probabilities, or a count
+    points: torch.Tensor  # (N,): p_i of the best, before any softmax: what G makes one number of
 
 
 def look(s, model, collate, example, n_clips):
-    """What the model makes of an example at N_test = n_clips, and what it looked at."""
-    kept, kind = [], TASKS[s.task].kind
+    """-> Seen of an example at N_test = n_clips. A video that can't be read is an error."""
     batch = collate([data.ClipDataset([example], s, n_clips=n_clips, train=False)[0, 0]])
+    if batch["unreadable"][0]:
+        raise data.DataError(batch["unreadable"][0][0])
+    # --blind opens no video, so that a missing one, whose path is None, comes so far
+    media, kind = data.probe(example.path or example.video), TASKS[s.task].kind
+    clips = data.sample_clips(media.num_frames, media.fps, n_clips, s.frames, s.fps, train=False)
+    p, attention = attend(s, model, batch)  # (N, n, K), (N, n, h, w); n: texts
+    p = torch.cat([p, clipbert.aggregate_clips(p, s.agg)[None]])  # each clip, and all together
+    points = p[..., -1] if kind == "match" else p.flatten(1)  # (N + 1, options or answers): a number each
+    if kind == "match":
+        scores = clipbert.match_score(p.flatten(0, 1)).view_as(points)
+    else:
+        scores = points if kind == "count" else points.softmax(1)
+    names = example.options or collate.answers or [example.text]
+    # FrameQA's model has more outputs than there are answers: those without a name are never shown
+    order = scores[-1, : len(names)].argsort(descending=True)[:5].tolist()
+    best = order[0]
+    attention = attention[:, best if example.options else 0]  # multiple choice has a text for each option
+    names = [names[i] for i in order]
+    return Seen(media, clips, batch["frames"][0], attention, names, scores[:, order], points[:-1, best])
+
+
+def attend(s, model, batch):
+    """-> p_1 ... p_N (N, n, K) of a video with n texts, and the attention to the grid that led to them, (N, n, h, w).
+
+    It is that of [CLS], of which the answer is made, in the last layer; the mean of all heads.
+    """
+    batch, kept = clipbert.to_device(batch), []
     model.eval()
     model.bert.set_attn_implementation("eager")  # which has the attention weights as a tensor; SDPA never does
-    attention = model.bert.encoder.layer[-1].attention.self
-    # of the weights (N*n, heads, queries, keys) those of the first query, [CLS], of which the answer is made
-    hook = attention.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs[1][:, :, 0].float()))
-    batch = clipbert.to_device(batch)
-    with torch.no_grad(), clipbert.autocast(s):
-        logits = clipbert.clip_logits(model, batch["frames"], batch["input_ids"], batch["attention_mask"])
-    hook.remove()
+    last = model.bert.encoder.layer[-1].attention.self
+    hook = last.register_forward_hook(lambda *call: kept.extend(call[2]))  # its outputs: vectors, weights
+    with hook, torch.no_grad(), clipbert.autocast(s):
+        p = model(batch["frames"], batch["input_ids"], batch["attention_mask"]).float().cpu()
     model.bert.set_attn_implementation("sdpa")
-    logits = logits.float().cpu()  # (N, n, K)
-    names = list(example.options) or (["count"] if kind == "count" else collate.answers) or [example.text]
-    # FrameQA's model has more outputs than there are answers: those without a name are never shown
-    scores = torch.stack([probabilities(kind, p)[: len(names)] for p in logits])
-    ranking = probabilities(kind, clipbert.aggregate_clips(logits, s.agg))[: len(names)]
-    best = ranking.argmax().item()
-    points = logits[..., -1] if kind == "match" else logits.flatten(1)  # (N, n), one each
-    text = best if example.options else 0  # multiple choice has a text for each option
-    grid = kept[0].mean(1).cpu().unflatten(0, logits.shape[:2])[:, text, batch["input_ids"].shape[1] :]  # (N, h*w)
-    grid = grid.unflatten(1, (math.isqrt(grid.shape[1]), -1))
-    return Seen(batch["frames"][0].cpu(), grid, names, scores, ranking, points[:, best], batch["unreadable"][0])
+    weights = kept[1].float().mean(1).cpu()  # (N*n, queries, keys)
+    grid = weights[:, 0, batch["input_ids"].shape[1] :]  # [CLS] is the first query; the grid stands behind the words
+    return p, grid.reshape(*p.shape[:2], math.isqrt(grid.shape[1]), -1)
 
 
-def probabilities(kind, p):
-    """p (n, K) of a clip or a video -> a number for each option or answer: probabilities, or the count itself."""
-    if kind == "match":
-        return clipbert.match_score(p)
-    return p.flatten() if kind == "count" else p.flatten().softmax(0)
-
-
-def clip_weights(scores, how):
+def clip_weights(points, how):
     """Each clip's weight in G, dp / dp_i: 1/N in mean, 1 for the highest in max, softmax in lse. (N,) -> (N,)."""
-    with torch.enable_grad():
-        scores = scores.detach()[:, None].requires_grad_()
-        return torch.autograd.grad(clipbert.aggregate_clips(scores, how).sum(), scores)[0][:, 0]
+    return torch.func.grad(lambda p: clipbert.aggregate_clips(p, how))(points)
 
 
-def best_first(scores, most=5):
-    return scores.topk(min(most, len(scores))).indices.tolist()
+def clip_strip(s, title, seen, i, color):
+    """Clip i: its frames, the grid, what it says beside what all clips say together, its weight in G."""
+    frames, times, T = seen.frames[i], seen.clips[i] / seen.media.fps, seen.frames.shape[1]
+    columns = [
+        data.picture(frames[t], seen.media, f"{times[t]:.2f} s", color)
+        for t in range(0, T, -(-T // 3))  # at most three, so that the bars have half of the sheet
+    ]
+    # The model takes the mean over the T frames of a clip: there is one grid, drawn over the middle frame. All clips
+    # of a video have one scale of colours, and one of bars.
+    text, heat = f"{seen.attention[i].sum():.0%} on the grid", seen.attention[i] / seen.attention.max()
+    columns.append(data.picture(frames[T // 2], seen.media, text, color, heat))
+    full = 10 if seen.scores.max() > 1 else 1  # the longest bar: a count, TGIF-QA's go up to 10; or a probability
+    bars = [data.bar(f"{alone:.3f}  {name}  (all clips: {together:.3f})", alone / full, color)
+            for name, alone, together in zip(seen.names, *seen.scores[[i, -1]].tolist(), strict=True)]  # fmt: skip
+    weight = clip_weights(seen.points, s.agg)[i].item()
+    bars.append(data.bar(f"{weight:.3f}  is its weight in G", weight, data.DARK))
+    return data.pile([data.text_strip(title, color=color), data.row([*columns, data.pile(bars)])])
 
 
-def bars(seen, scores, color):
-    """A bar for each of the five best names of all clips, the highest in colour.
-
-    All strips have the same names in the same order, so that they can be compared.
-    """
-    full = 10 if seen.names == ["count"] else 1  # of the longest bar: a probability of 1; TGIF-QA counts up to 10
-    shown = best_first(seen.ranking)
-    best = max(shown, key=scores.__getitem__)
-    return [(f"{scores[j]:.3f}  {seen.names[j]}", (scores[j] / full).clamp(0, 1).item(),
-             color if j == best else data.PALE) for j in shown]  # fmt: skip
+def legend(s, top):
+    """What a clip's numbers and colours mean, and what they do not. top: what yellow is, in words."""
+    text = (f"Bars: what a clip says alone; in brackets, the best first: what G = {s.agg} makes of all clips. Colours on "
+            f"the grid, from 0 to {top}: [CLS]'s attention to each cell in the last layer, the mean of all heads; the rest "
+            "of 100% goes to the words. Attention is not an explanation: the answer may hang on something else.")  # fmt: skip
+    scale = data.colors(torch.linspace(0, 1, data.SIDE).expand(16, -1))
+    return data.pile([data.text_strip(text, color=data.GREY), scale])
 
 
-def legend(top, name):
-    """The last strip: what the colours on the grid mean, and what they do not."""
-    text = ("Colours on the grid: [CLS]'s attention to each cell in the last layer, the mean of all heads; the rest of "
-            "100% goes to the words. Attention is not an explanation: the answer may hang on something else.")
-    scale = data.colors(torch.linspace(0, top, data.SIDE).expand(16, -1), top)
-    return data.row_strip(text, [(scale, f"0 to {name}", data.GREY)], color=data.GREY)
-
-
-def prediction_sheet(s, seen, clips):
-    """What led to an answer: a strip for each of s.clips clips, in order of time, and what G makes of all clips.
-
-    clips (N, T): frame indices. The time line has all clips, those without a strip in grey. All grids
-    have one scale of colours, so that clips can be compared.
-    """
-    media, (N, T), top = data.probe(s.predict), clips.shape, seen.attention.max().item()
+def prediction_sheet(s, seen):
+    """What led to an answer: all clips on the time line, and a strip for each of the s.clips best, in order of time."""
+    N, T = seen.clips.shape
     # Whatever G is, mean, max or lse: the higher a clip's own p_i, the more of the answer is due to it.
-    shown = sorted(best_first(seen.points, s.clips))
-    colors = {i: data.SHEET_COLORS[k % len(data.SHEET_COLORS)] for k, i in enumerate(shown)}
-    strips = [data.time_line(media, clips, T / s.fps, [colors.get(i, data.PALE) for i in range(N)])]
-    weights = clip_weights(seen.points, s.agg).tolist()
-    for i, color in colors.items():
-        images = [data.picture(pixels, media) for pixels in seen.frames[i]]
-        # at most four frames, so that the bars get more than a third of the sheet
-        pictures = [(images[t], f"{clips[i, t] / media.fps:.2f} s", color) for t in range(0, T, -(-T // 4))]
-        # The model takes the mean over the T frames of a clip: there is one grid, drawn over the middle frame.
-        grid = data.overlay(images[T // 2], seen.attention[i], top)
-        pictures.append((grid, f"{seen.attention[i].sum():.0%} on the grid", color))
-        weight = (f"{weights[i]:.3f}  is its weight in G", weights[i], data.DARK)
-        title = f"Clip {i + 1} of {N}. On its own it says:"
-        strips.append(data.row_strip(title, pictures, [*bars(seen, seen.scores[i], color), weight], color))
-    strips.append(data.row_strip(f"All clips together, G = {s.agg}:", [], bars(seen, seen.ranking, data.DARK)))
-    about = f"{Path(s.predict).name}: N = {N} clips of T = {T} frames"
-    if len(shown) < N:
-        about += f"; shown are the {len(shown)} with the highest score for the answer, the others are grey"
-    return data.draw_sheet(s.question, about, [*strips, legend(top, f"{top:.1%} in one cell")], s.predict)
+    shown = sorted(seen.points.argsort(descending=True)[: s.clips].tolist())
+    colors = dict(zip(shown, data.SHEET_COLORS, strict=False))
+    strips = [data.time_line(seen.media, seen.clips, T / s.fps, [colors.get(i, data.PALE) for i in range(N)])]
+    strips += [clip_strip(s, f"Clip {i + 1} of {N}", seen, i, color) for i, color in colors.items()]
+    strips.append(legend(s, f"{seen.attention.max():.1%} in one cell"))
+    about = (f"{Path(s.predict).name}: N = {N} clips of T = {T} frames. Shown are at most {s.clips} (--clips), those "
+             "with the highest score for the answer; others are grey.")  # fmt: skip
+    return data.draw_sheet(s.question, about, strips, s.predict)
 
 
-def example_sheet(s, model, collate, examples, predictions, each=4):
-    """A picture of the first few test examples that were right, and of those that were wrong.
+def example_sheet(s, model, collate, examples, predictions):
+    """The first test examples that were right, and the first that were wrong: four strips of each.
 
     The first, not the best: chosen ones would tell nothing about the model.
     """
-    # Right is, in retrieval, a caption whose own video comes first, and in counting what is off by less than a half.
     strips, paths = {True: [], False: []}, {example.video: example.path for example in examples}
     for example, said in zip(examples, predictions, strict=True):
-        right = said["rank"] == 1 if "rank" in said else said["mse"] < .25 if "mse" in said else said["accuracy"] >= .5
-        if len(strips[right]) < each:
-            strips[right].append(example_strip(s, model, collate, example, said, right, paths))
+        # retrieval: its own video comes first; counting: off by less than a half
+        right = said.get("rank") == 1 or said.get("mse", 1) < 0.25 or said.get("accuracy", 0) >= 0.5
+        if "rank" in said:
+            answer, found = f"{example.video}, in place {said['rank']:g}", said["prediction"][0]
+        else:
+            answer, found = example.options[example.answer] if example.options else example.answer, example.video
+        title, color = ("Right", "#009e73") if right else ("Wrong", "#d55e00")
+        title += f": {example.text} (answer: {answer}). Shown: "
+        if len(strips[right]) < 4:
+            for video in dict.fromkeys([example.video, found]):  # two of a retrieval mistake
+                shown = example._replace(path=paths[video])
+                strips[right].append(best_strip(s, model, collate, shown, said["clips"], title + video, color))
     title = f"{TASKS[s.task].title}, N_test = {said['clips']}: the first test examples right and wrong"
-    about = "Shown is the clip with the highest score for the answer; the bars are what all clips say together."
-    strips = [*strips[True], *strips[False], legend(1, "the highest cell")]
-    return data.draw_sheet(title, about, strips, examples[0].path or "")
+    about = "Shown is the clip with the highest score for the answer."
+    strips = [*strips[True], *strips[False], legend(s, "a video's highest")]
+    return data.draw_sheet(title, about, strips, examples[0].path or "")  # a missing video has none
 
 
-def example_strip(s, model, collate, example, said, right, paths):
-    """The strip of an example.
-
-    In retrieval it has two videos, the caption's own and the best other one: of a mistake, those that
-    the model took for each other.
-    """
-    color, title = ("#009e73", "Right: ") if right else ("#d55e00", "Wrong: ")
-    title, videos, pictures, shown = title + example.text, {example.video: ""}, [], []
-    if "rank" in said:
-        others = [video for video in said["prediction"] if video != example.video]
-        videos = {example.video: f"its own: number {said['rank']:g}"}
-        videos |= {video: f"other: number {said['prediction'].index(video) + 1}" for video in others[:1]}
-    else:
-        title += f" Answer: {example.options[example.answer] if example.options else example.answer}"
-    for video, name in videos.items():
-        seen = look(s, model, collate, example._replace(video=video, path=paths[video]), said["clips"])
-        # a video that can't be read has black frames and no facts; the model answered without it
-        media, i = None if seen.unreadable else data.probe(paths[video]), seen.points.argmax().item()
-        image = data.picture(seen.frames[i, seen.frames.shape[1] // 2], media)
-        # Each picture has its own scale here: other videos and other questions can't be compared.
-        grid = data.overlay(image, seen.attention[i], seen.attention[i].max().item())
-        pictures += [(image, name or f"clip {i + 1} of {said['clips']}", color),
-                     (grid, f"{seen.attention[i].sum():.0%} on the grid", color)]  # fmt: skip
-        shown += bars(seen._replace(names=[name]) if name else seen, seen.ranking, color)
-    return data.row_strip(title, pictures, shown, color)
+def best_strip(s, model, collate, example, n_clips, title, color):
+    """The clip with the highest score for the answer."""
+    try:
+        seen = look(s, model, collate, example, n_clips)
+    except data.DataError as error:
+        return data.text_strip(f"{title}, unreadable. {error}", color=color)
+    best = seen.points.argmax().item()
+    return clip_strip(s, f"{title}, clip {best + 1} of {n_clips}", seen, best, color)
 
 
 if __name__ == "__main__":
