@@ -829,7 +829,7 @@ def start_pretrained(build, s):
     report = copy_weights(model, tensors)
     for name in report["unexpected"] + report["mismatched"] + report["missing"]:
         if name.startswith("cnn.resnet."):
-            raise ValueError(f"{s.resnet}: not a ResNet-50 ({name}); give torchvision's resnet50-*.pth")
+            raise ValueError(f"{s.resnet}: not a resnet50; give torchvision's resnet50-*.pth")
         if name.startswith("bert.") and "pooler" not in name:  # BERTs for sentences come without
             raise ValueError(f"{s.bert}: not a whole BERT ({name}); give another folder or name")
     print(f"{s.resnet or 'resnet50'}, {s.bert or 'bert-base-uncased'}: {describe(report)}")

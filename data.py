@@ -213,6 +213,11 @@ class Example(NamedTuple):
     path: str | None = None  # of the video; None: it is missing
     captions: tuple = ()  # pretraining: those that are shown together, see caption_groups()
 
+    @property
+    def source(self):
+        """What tells its video from all others: two folders may each have a video1.mp4."""
+        return self.path or self.video
+
 
 def generator_of(*key):
     """A random generator of its own for each key, such as (seed, "clips", epoch, index).
@@ -388,7 +393,7 @@ def caption_groups(examples, n):
     """
     images = {}
     for example in examples:
-        images.setdefault(example.video, []).append(example)
+        images.setdefault(example.source, []).append(example)
     groups = []
     for same in images.values():
         captions = tuple(dict.fromkeys(example.text for example in same))  # each once, in order
@@ -412,11 +417,11 @@ class CaptionDraw:
 
     def __init__(self, examples, n):
         self.examples, self.n = examples, n
-        # {video: everything said about it}: a caption of two videos is no mismatch for either
+        # {source: everything said about it}: a caption of two videos is no mismatch for either
         self.own = {}
         for example in examples:
             said = {text.lower() for text in captions_of(example)}
-            self.own.setdefault(example.video, set()).update(said)
+            self.own.setdefault(example.source, set()).update(said)
 
     def __call__(self, example, generator):
         """-> n captions, n labels: 1 the video's own, 0 another's. Too few own ones repeat."""
@@ -434,7 +439,7 @@ class CaptionDraw:
             other = self.examples[torch.randint(len(self.examples), (), generator=generator)]
             captions = captions_of(other)
             caption = captions[torch.randint(len(captions), (), generator=generator)]
-            if caption.lower() not in self.own[example.video]:
+            if caption.lower() not in self.own[example.source]:
                 return caption
         raise DataError(f"{example.video}: every caption is said of every video; there is nothing "
                         "to tell apart")  # fmt: skip

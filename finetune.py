@@ -128,7 +128,7 @@ def parse_arguments(arguments=None):
     }.items():  # fmt: skip
         missing = [f"--{name}" for name in needed if name not in given]
         if flag in given and missing:
-            parser.error(f"--{flag} goes with {' and '.join(missing)}: add that")
+            parser.error(f"--{flag} needs {' and '.join(missing)}; add that, or leave it out")
     return given
 
 
@@ -410,7 +410,7 @@ def chance_level(s, guess, test):
     if test[0].options:
         return {"accuracy": mean(100 / len(example.options) for example in test)}
     if kind == "match":
-        videos = len({example.video for example in test})
+        videos = len({example.source for example in test})
         # a random order of m videos: R@k is k/m, and the mean rank (m + 1) / 2
         recalls = {f"r{k}": min(100.0, 100 * k / videos) for k in (1, 5, 10)}
         return recalls | {"median_rank": (videos + 1) / 2, "mean_rank": (videos + 1) / 2}
@@ -424,9 +424,9 @@ def chance_level(s, guess, test):
 
 def evaluate_retrieval(s, model, collate, examples, n_clips):
     """-> (metrics, predictions, what could not be read) at N_test = n_clips."""
-    videos = list({example.video: example for example in examples}.values())  # each once
-    places = {example.video: i for i, example in enumerate(videos)}
-    columns = torch.tensor([places[example.video] for example in examples])
+    videos = list({example.source: example for example in examples}.values())  # each once
+    places = {example.source: i for i, example in enumerate(videos)}
+    columns = torch.tensor([places[example.source] for example in examples])
     grids, errors = encode_videos(s, model, collate, videos, n_clips)
     texts = [example.text for example in examples]
     scores = score_pairs(s, model, collate, texts, grids, s.rerank if n_clips > 1 else None)

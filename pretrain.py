@@ -171,12 +171,12 @@ def load_folder(s, folder):
     if not seen or len(kept) < 2:
         raise data.DataError(f"{folder}: {len(seen)} training and {len(kept)} validation images "
                              "are too few: put more captioned images there")  # fmt: skip
-    return [e for e in train if e.video in seen], [e for e in val if e.video in kept]
+    return [e for e in train if e.source in seen], [e for e in val if e.source in kept]
 
 
 def images_of(examples):
-    """Each image once, in order."""
-    return list(dict.fromkeys(example.video for example in examples))
+    """The source of each image, once, in order."""
+    return list(dict.fromkeys(example.source for example in examples))
 
 
 def new_model(s, state, examples):
