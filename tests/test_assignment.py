@@ -161,6 +161,7 @@ def test_grading_gives_partial_points_and_survives_what_students_write(copy, tmp
         assert text.count(old) == 1
         (tmp_path / SOURCES[module].name).write_text(text.replace(old, new), encoding="utf-8")
         points = assignment.grade(tmp_path, [number])
+        shutil.copyfile(SOURCES[module], tmp_path / SOURCES[module].name)
         return points, capsys.readouterr().out.splitlines()
 
     monkeypatch.setattr(assignment, "LIMIT", 600)  # a busy machine
