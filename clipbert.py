@@ -8,10 +8,10 @@ Read this file beside section 3 of the paper, top to bottom:
     c_i       a clip: T frames of about a second   (B, T, 3, L, L)   pixels 0..255
     F_v(c_i)  ResNet-50, grid encoder, mean over T,
               2-D positions                        (B, h*w, d)       GridFeatures, VisualEmbedding
-    F_l(S)    word + position + type embeddings    (B, Lt, d)        BERT's own
-    H         a 12-layer BERT over [text; grid]    (B, Lt + h*w, d)  VideoTextEncoder.fuse
-    p_i = H(F_v(c_i), F_l(S))                      (B, K)            ClipBert.forward, clip_logits
-    p = G(p_1, ..., p_N)                           (B, K)            aggregate_clips
+    F_l(S)    word + position + type embeddings    (B*n, Lt, d)      BERT's own
+    H         a 12-layer BERT over [text; grid]    (B*n, Lt + h*w, d)  VideoTextEncoder.fuse
+    p_i = H(F_v(c_i), F_l(S))                      (B*n, K)          ClipBert.forward, clip_logits
+    p = G(p_1, ..., p_N)                           (B*n, K)          aggregate_clips
     loss = NLL(p, q)                               scalar            video_loss
 
 B videos, N clips of T frames of L x L pixels, n texts a video (options or captions; with one text,
@@ -106,7 +106,7 @@ class ClipBertConfig:
 
         Its stride is 16: a 4 x 4 grid at L = 64.
         Nothing is frozen (there are no pretrained weights to protect) and there is no dropout (a
-        small model on ever other random clips does not overfit). Initial scale matters most: with
+        small model on random clips, always new ones, does not overfit). Initial scale matters most: with
         BERT's .02 a 96-wide, 3-layer transformer attends uniformly and stays at ln(5), the loss of
         guessing among five options, for a long time; 1/sqrt(d) lets attention pick out
         tokens from step one.
@@ -199,7 +199,8 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 
 def scale_residual_branches(stages):
-    """Shrink each residual branch's last convolution, for a start without pretrained weights.
+    """Shrink each residual branch's last convolution, for a start without pretrained weights (which
+    are copied over this).
 
     A FrozenBatchNorm without statistics normalises nothing: almost every block of ResNet-50 would
     double the variance. Scaled by 1/sqrt(number of blocks), the branches together add about as much
@@ -278,12 +279,14 @@ class VideoTextEncoder(nn.Module):
     def fuse(self, grid, input_ids, attention_mask, keep=None):
         """H(F_v, F_l): BERT over the sequence [text; visual].
 
-        grid (B, T, h, w, d); input_ids, attention_mask (B*n, Lt), 0 is padding, 1 is not; keep: as
-        in VisualEmbedding, how many grid tokens to draw, or None, all. n texts
-        per video (the options of a question, the captions of an image) stand one after the other
-        and share the video's one CNN pass. -> all hidden states (B*n, Lt + h*w, d), and the pooled
-        [CLS] vector (B*n, d). bert.encoder adds the mask that it is given, (B*n, 1, 1, Lt + h*w),
-        to the attention scores: 0 is seen, -inf is not.
+        grid (B, T, h, w, d). input_ids, attention_mask (B*n, Lt), 0 is padding, 1 is not: the n
+        texts of a video (the options of a question, the captions of an image) stand one after the
+        other and share its one CNN pass. keep: as in VisualEmbedding, how many grid tokens to draw,
+        or None, all.
+        -> all hidden states (B*n, Lt + h*w, d), and the pooled [CLS] vector (B*n, d).
+
+        bert.encoder adds the mask that it is given, (B*n, 1, 1, Lt + h*w), to the attention scores:
+        0 is seen, -inf is not.
         """
         visual = self.visual_embeddings(grid, keep)  # (B, h*w, d)
         if input_ids.shape[0] % visual.shape[0]:
@@ -315,7 +318,7 @@ def bert_config(cfg):
 
 
 def config_of_bert(bert, cfg):
-    """cfg with the sizes of a BERT's config.json: with another transformer, all else as it was."""
+    """cfg with the sizes of a BERT's config.json; CNN, dropout and initialisation stay."""
     if bert.model_type != "bert":
         raise ValueError(f"{bert.name_or_path}: holds a {bert.model_type}; give a BERT")
     return replace(
@@ -362,7 +365,7 @@ class ClipBert(VideoTextEncoder):
 
         frames (B, T, 3, L, L) uint8 or float RGB 0..255; input_ids, attention_mask (B*n, Lt) ->
         (B*n, num_outputs). With frames (B, N, T, 3, L, L): (N, B*n, num_outputs), by
-        `clip_logits`. Training goes this way: DDP averages only gradients of model(...)'s calls.
+        `clip_logits`. Called as model(...), never by name: DDP averages only such calls' gradients.
         """
         if frames.dim() == 6:
             return clip_logits(self, frames, input_ids, attention_mask)
@@ -393,7 +396,7 @@ class ClipBertForPreTraining(VideoTextEncoder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From clips to a video (paper, section 3: sparse sampling): p_i, G and the losses
+# From clips to a video (paper, section 3): p_i, G and its loss; then pretraining's two losses
 
 
 def clip_logits(model, frames, input_ids, attention_mask):
@@ -418,7 +421,7 @@ def aggregate_clips(logits, how):
 
         mean:  p = 1/N sum_i p_i          max:  p = max_i p_i          lse:  p = log sum_i exp(p_i)
 
-    logits (N, B, K) -> (B, K). With lse, cross_entropy(p, y) is the reference's log-sum-exp over
+    logits (N, B*n, K) -> (B*n, K). With lse, cross_entropy(p, y) is the reference's log-sum-exp over
     clips and labels minus the one over clips of the true label. how: "mean" | "max" | "lse".
     """
     if how == "mean":
@@ -454,7 +457,7 @@ def video_loss(p, target, kind):
 
 
 def match_score(p):
-    """How well a caption fits a video: p (B, 2) -> probabilities (B,).
+    """How well a caption fits a video: p (B*n, 2) -> probabilities (B*n,).
 
     In float64: as float32, all probabilities from a difference of 17 on would be 1, and 1,000
     videos could not be ranked.
@@ -535,8 +538,8 @@ def set_step(optimizer, step, lr):
         update = lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps / sqrt(1 - b2^t)),  t = step
 
     The reference adds eps to sqrt(v) before the bias correction, torch after it: so torch gets eps
-    / sqrt(1 - b2^t), seven times eps in the first step. Training then follows the reference's to
-    six digits, losses and weights.
+    / sqrt(1 - b2^t), seven times eps in the first step. Training then follows the reference's,
+    losses to five digits.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -567,12 +570,12 @@ def learning_rate(step, total_steps, peak, warmup_ratio=0.1):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: every number of a run stands once, with its meaning, and its flag is made from that
+# Settings: what a run can be told, with its meaning; each flag is made from its field
 
 
 def setting(default, meaning, **flag):
     """A field of Settings; flag: what argparse or data.Parser.numbers wants to know besides."""
-    if default not in (None, False):
+    if default is not None and default is not False and default != ():
         meaning += f" (default: {default})"
     return field(default=default, metadata={"help": meaning, **flag})
 
@@ -582,7 +585,8 @@ class Settings:
     """What both scripts can be told; theirs add their own. All of it is stored in every checkpoint.
 
     The order in which a value is decided, the last one wins: the default here; the task's row (the
-    paper's); the tiny model's changes; the checkpoint, with --eval and --resume; the command line.
+    paper's); the tiny model's changes; the checkpoint, with --eval and --resume; the command line,
+    where --epochs makes max_steps void.
     """
 
     # where
@@ -623,7 +627,7 @@ class Settings:
     lr: float = setting(5e-5, "the learning rate's peak", low=0, high=1)
     weight_decay: float = setting(1e-3, "of AdamW, not on biases and LayerNorm", low=0, high=1)
     clip_grad: float = setting(5.0, "the gradient's largest norm", low=1e-6)
-    seed: int = setting(0, "of all that is random", low=0, high=2**32 - 1)
+    seed: int = setting(0, "of all that is random in training", low=0, high=2**32 - 1)
     # on which machine
     precision: str = setting(
         None, "default: bf16, fp16 on older GPUs, fp32 on a CPU", choices=["bf16", "fp16", "fp32"]
@@ -661,15 +665,15 @@ def parse_flags(parser, settings, arguments=None):
     return given
 
 
-def settle(settings, row, given):
-    """An object of the dataclass `settings`: its defaults, over them the row, then the flags."""
+def settle(settings, values, given):
+    """An object of the dataclass `settings`: its defaults, over them these values, then the flags."""
     if "epochs" in given:
-        row = row | {"max_steps": None}  # asked for in epochs: a number of steps does not apply
-    return settings(**row | given)
+        values = values | {"max_steps": None}  # asked for in epochs: a number of steps is void
+    return settings(**values | given)
 
 
 def check_size(s, cfg):
-    """Whether the model's grid has a place for every cell of such frames."""
+    """ValueError, if --size has more cells than the grid, --text_length more tokens than the BERT."""
     largest = VisualEmbedding.MAX_GRID * cfg.stride
     if not cfg.stride <= s.size <= largest:
         raise ValueError(
@@ -679,19 +683,20 @@ def check_size(s, cfg):
         raise ValueError(f"--text_length {s.text_length}: this BERT has {cfg.positions} positions")
 
 
-def new_folder(s, name):
-    """Where a new run writes: s.out, or the next free one of runs/NAME, runs/NAME-2, ...
+def first_free(name, taken):
+    """name, name-2, name-3, ...: the first that is not taken. Nothing is ever overwritten in silence."""
+    names = (name if i == 1 else f"{name}-{i}" for i in count(1))
+    return next(name for name in names if not taken(name))
 
-    Nothing of a user's is ever overwritten in silence.
-    """
+
+def new_folder(s, name):
+    """Set s.out, if it is not said, to a new folder of runs/; one that is said must hold no run."""
 
     def holds_run(folder):
         return any((Path(folder) / file).exists() for file in ("config.json", "last.pt", "best.pt"))
 
     if s.out is None:
-        name = f"runs/{name}{'_blind' if s.blind else ''}"
-        names = (name if i == 1 else f"{name}-{i}" for i in count(1))
-        s.out = next(out for out in names if not holds_run(out))
+        s.out = first_free(f"runs/{name}{'_blind' if s.blind else ''}", holds_run)
         print(f"writing to {s.out}")
     elif holds_run(s.out) and not s.overwrite:
         raise ValueError(f"{s.out}: holds a run; choose another --out, go on with --resume, or "
@@ -920,16 +925,21 @@ def config_from(state):
         ) from None
 
 
-def begin(settings, given, name, row):
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run begins: anew or from --init (`begin`), with --resume (`load_stopped`), with --eval
+# (`load_finished`)
+
+
+def begin(settings, given, name, values):
     """-> (s, state): the settings; what to start from (--init), to go on from (s.resume), or None.
 
-    row(model): what the task has instead of the defaults.
+    values(model): what the task has instead of the defaults.
     """
     if "resume" in given:
         return load_stopped(settings, given, name)
     state = load_checkpoint(given["init"]) if "init" in given else None
     model = model_name(given, state)
-    s = settle(settings, row(model) | {"model": model}, given)
+    s = settle(settings, values(model) | {"model": model}, given)
     new_folder(s, name)
     return s, state
 
@@ -955,21 +965,25 @@ def load_finished(settings, given):
 
 
 def result_suffix(s, *what):
-    """What --eval adds to its results' names: another evaluation's are never overwritten."""
+    """What --eval adds to its results' names: what was evaluated, and a number if that is there."""
     folder = Path(s.data[0]).resolve().name if s.data else "toy"
-    return "-".join(["", Path(s.eval).stem, *what, folder, *["blind"] * s.blind])
+    name = "-".join(["", Path(s.eval).stem, *what, folder])
+    if s.blind:
+        name += "-blind"
+    return first_free(name, lambda name: (Path(s.out) / f"metrics{name}.json").exists())
 
 
 def load_stopped(settings, given, name):
     """--resume: (s, state) of the newest whole checkpoint in --out, or in the newest run of `name`.
 
-    Everything is as the checkpoint says, data, model and precision, too: else it would be another
-    run. What the command line says otherwise must be in RESUMABLE.
+    Everything is as the checkpoint says, data and model, too: else it would be another run. What
+    the command line says otherwise must be in RESUMABLE; another precision or length makes other
+    weights (the learning rate follows the new length).
     """
-    out = given.get("out")
-    if not out:
-        runs = Path("runs").glob(f"{name}*/*.pt")  # previous.pt alone would do, too
-        out = max(runs, key=lambda path: path.stat().st_mtime, default=Path("runs", name, "-")).parent
+    out = given.get("out", Path("runs") / name)
+    if "out" not in given:  # the newest, blind or not; previous.pt alone would do, too
+        written = sorted(Path("runs").glob(f"{name}*/*.pt"), key=lambda path: path.stat().st_mtime)
+        out = written[-1].parent if written else out
     path = Path(out) / "last.pt"
     try:
         state = load_own(settings, path)
@@ -1001,11 +1015,11 @@ def join_processes():
     """Meet the other processes, if there are any; all but the first one fall silent."""
     if PROCESSES == 1:
         return
-    gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-    if gpu and place >= torch.cuda.device_count():
+    gpu, local_rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    if gpu and local_rank >= torch.cuda.device_count():
         raise ValueError(f"{torch.cuda.device_count()} GPUs: --nproc_per_node can't be more")
     if gpu:
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for good
@@ -1081,7 +1095,7 @@ def to_device(batch):
 class Training:
     """What surrounds both scripts' loops: updates, the log, checkpoints, how a run stops, goes on.
 
-    for step in training.steps():                 behind each, last.pt, if it is time
+    for step in training.steps():                 after each, last.pt, if it is time
         for batch in training.batches(loader):    grad_accum of them
             ... training.forward(...) ...
             training.backward(loss)
@@ -1092,7 +1106,7 @@ class Training:
         """n_examples: in an epoch. stopped: --resume's state, or None. contents: more to save."""
         self.s, self.model, self.out, self.n_examples = s, model, Path(s.out), n_examples
         self.per_step = s.batch_size * s.grad_accum * PROCESSES  # examples to an update
-        self.total_steps = s.max_steps or -(-s.epochs * n_examples // self.per_step)
+        self.total_steps = s.max_steps or math.ceil(s.epochs * n_examples / self.per_step)
         self.contents = contents | {"settings": asdict(s), "config": asdict(model.cfg)}
         self.optimizer = build_optimizer(model, s.weight_decay)
         # fp16's gradients are scaled, lest small ones become 0; others go through as they are.
@@ -1100,10 +1114,10 @@ class Training:
         self.start, self.best = 0, -math.inf  # steps that are done; the highest validation score
         # The same model, but each process its own dropout; `restore` brings the stopped run's.
         if RANK:
-            torch.manual_seed(s.seed + 1_000_003 * RANK)
-        log_length = self.restore(stopped) if stopped else 0
+            torch.manual_seed(s.seed + 1_000_003 * RANK)  # far from the seeds of other runs
+        log_bytes = self.restore(stopped) if stopped else 0
         if not RANK:
-            self.prepare_folder(anew=not stopped, log_length=log_length)
+            self.prepare_folder(anew=not stopped, log_bytes=log_bytes)
         # Batches of all processes, for data.training_order: the run's first one and its end.
         self.first_batch, self.n_batches = (
             n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps)
@@ -1111,13 +1125,13 @@ class Training:
         # What to call in training: DDP averages gradients. Evaluation calls the model itself.
         self.forward = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
         self.waiting, self.unreadable = [], Counter()  # rows to log; error lines and how often
-        self.signal, self.began, self.shown = 0, time.time(), 0.0  # shown: when, see `show`
+        self.stopped_by, self.began, self.shown = 0, time.time(), 0.0  # shown: when, see `show`
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {DEVICE}, "
               f"{self.total_steps:,} updates of {self.per_step} examples ({n_examples:,} an epoch), "
               f"learning rate {s.lr:g}; all settings are in {self.out / 'config.json'}")  # fmt: skip
 
     def restore(self, state):
-        """Go on as if there had been no stop; the weights are there. -> bytes of the log to keep."""
+        """Go on as if there had been no stop; the weights are loaded. -> bytes of the log to keep."""
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # the stopped run's precision was fp16, too
@@ -1129,7 +1143,7 @@ class Training:
                 torch.cuda.set_rng_state(own["cuda"])
         return state["log"]
 
-    def prepare_folder(self, anew, log_length):
+    def prepare_folder(self, anew, log_bytes):
         """config.json; a log without the steps that will be logged again; no older run's weights."""
         config = {"device": DEVICE, "total_steps": self.total_steps, **self.contents["settings"],
                   "config": self.contents["config"]}  # fmt: skip
@@ -1138,17 +1152,17 @@ class Training:
             for name in ("last.pt", "previous.pt", "best.pt"):
                 (self.out / name).unlink(missing_ok=True)
         with open(self.out / "log.jsonl", "ab") as log:
-            log.truncate(min(log_length, log.tell()))
+            log.truncate(min(log_bytes, log.tell()))
 
     def steps(self):
-        """Yield start + 1, ..., total_steps; behind each, a checkpoint if one is due.
+        """Yield start + 1, ..., total_steps; after each, a checkpoint if one is due.
 
         Ctrl-C and SIGTERM wait for the step's end, which is saved; then the run ends. A second one
         ends it at once.
         """
 
         def note(number, _):
-            self.signal = number
+            self.stopped_by = number
             signal.signal(number, signal.default_int_handler)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1163,7 +1177,7 @@ class Training:
         list_unreadable(everywhere, "replaced by other examples in training")
 
     def batches(self, loader):
-        """The next grad_accum batches, on the device."""
+        """The next grad_accum batches of an iterator, on the device."""
         for i in range(self.s.grad_accum):
             # Processes exchange gradients in the last backward pass only, as in DDP's no_sync();
             # a model without DDP takes no notice.
@@ -1175,12 +1189,17 @@ class Training:
     def backward(self, loss):
         """Gradients of one of grad_accum batches: their mean is that of one large batch.
 
-        (The reference sums them.)
+        (Nearly so of MLM's mean over masked words: batches differ in how many they have. The
+        reference sums the gradients.)
         """
         self.scaler.scale(loss / self.s.grad_accum).backward()
 
     def update(self, step, **losses):
-        """An update by the gradients so far; the losses are logged some steps later, by flush."""
+        """An update by the gradients so far; it is logged some steps later, by flush.
+
+        losses: sums over the grad_accum batches, of which the log has the mean; and the gradient's
+        norm before it is clipped.
+        """
         lr = learning_rate(step, self.total_steps, self.s.lr)
         set_step(self.optimizer, step, lr)
         self.scaler.unscale_(self.optimizer)
@@ -1188,7 +1207,6 @@ class Training:
         self.scaler.step(self.optimizer)  # in fp16, not if a gradient is not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        # they are sums over the grad_accum batches
         losses = {name: value / self.s.grad_accum for name, value in losses.items()}
         self.waiting.append({"step": step, **losses, "lr": lr, "grad_norm": norm})
         # reading a number off the GPU waits for it: not at every step
@@ -1196,23 +1214,27 @@ class Training:
             self.flush()
 
     def flush(self):
-        """Log the waiting steps. If one was not finite, the run ends here, before it is saved."""
+        """Log the waiting steps, each the mean over the processes; an error if one is not finite."""
         rows = [{name: float(value) for name, value in row.items()} for row in self.waiting]
-        self.waiting = []
-        for same in zip(*gather(rows), strict=True):  # each process's row of a step: log their mean
-            row = {name: sum(row[name] for row in same) / PROCESSES for name in same[0]}
+        self.waiting, everywhere = [], gather(rows)
+        for i, row in enumerate(rows):
+            for name in row:
+                row[name] = sum(theirs[i][name] for theirs in everywhere) / PROCESSES
             self.log(row | {"step": int(row["step"])})
-            # A gradient that overflows in fp16 halves the scale, and the next step does better;
-            # unless it never does: below 1 the scale makes gradients no smaller than they are.
-            overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-            finite = math.isfinite(row["loss"]), overflow or math.isfinite(row["grad_norm"])
-            if not all(finite):
-                raise ValueError(
-                    f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step "
-                    f"{row['step']:.0f}: try a lower --lr, or --precision fp32 or bf16"
-                )
+            self.check_finite(row)
         if rows:
-            self.show(row)
+            self.show(rows[-1])
+
+    def check_finite(self, row):
+        """End the run, before it is saved, where it has become of no use."""
+        # fp16: an overflow only halves the scale, and the step is skipped. At a scale below 1 that
+        # has not helped: then it is an error.
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not math.isfinite(row["loss"]) or not (overflow or math.isfinite(row["grad_norm"])):
+            raise ValueError(
+                f"the loss is {row['loss']} (gradient norm {row['grad_norm']}) at step "
+                f"{row['step']:.0f}: try a lower --lr, or --precision fp32 or bf16"
+            )
 
     def show(self, row):
         """How it goes: a line every half minute."""
@@ -1257,7 +1279,7 @@ class Training:
 
     def end_step(self, step):
         """A checkpoint if one is due, or if a signal came: then the run ends here."""
-        number = self.signal
+        number = self.stopped_by
         if PROCESSES > 1:  # they must agree on a step to stop at: they ask each other now and then
             number = max(gather(number)) if step % 10 == 0 else 0
         if step % self.s.save_every == 0 or step == self.total_steps or number:
@@ -1297,7 +1319,8 @@ def list_unreadable(errors, what):
 
 
 def main(job, given):
-    """Run a script's job; an error that the user can mend ends in one line and exit code 2.
+    """Run a script's job; an error that the user can mend ends in one line and exit code 2, Ctrl-C and
+    SIGTERM in 130 and 143.
 
     --debug shows the traceback.
     """
@@ -1310,7 +1333,7 @@ def main(job, given):
     except BaseException as error:
         if given.get("debug"):
             raise
-        traceback.clear_frames(error.__traceback__)  # their data loader ends its workers now
+        traceback.clear_frames(error.__traceback__)  # they held the data loader, whose workers end now
         message, code = explain(error)
         if not message:
             raise

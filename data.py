@@ -211,7 +211,7 @@ class Example(NamedTuple):
     kind: str = ""  # of an open question, for accuracies by kind
     people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
     path: str | None = None  # of the video; None: it is missing
-    captions: tuple = ()  # pretraining: those that are shown together, see caption_groups()
+    captions: tuple = ()  # pretraining: those of which CaptionDraw chooses, see caption_groups()
 
     @property
     def source(self):
@@ -265,12 +265,13 @@ class ClipDataset(torch.utils.data.Dataset):
         else:
             if self.train:
                 raise DataError(f"20 unreadable videos in a row, the last: {unreadable[-1]}")
-            frames = self.black()  # in evaluation it counts as wrong, whatever is said of black
-        item = {"example": example, "frames": frames, "texts": input_texts(example),
-                "unreadable": unreadable}  # fmt: skip
+            frames = self.black()  # in evaluation, where an answer to it counts as wrong
+        item = {"example": example, "frames": frames, "unreadable": unreadable}
         if self.draw:  # the generator's later numbers choose the words to mask
             item["generator"] = generator_of(self.s.seed, "texts", epoch, index)
             item["texts"], item["target"] = self.draw(example, item["generator"])
+        else:
+            item["texts"] = input_texts(example)
         return item
 
     def read(self, example, generator):
@@ -338,7 +339,8 @@ class Collator:
                     row, label = mask_tokens(row, self.tokenizer, item["generator"], self.mask_rate)
                     mlm_labels.append(label)
                 ids.append(row)
-            target += item.get("target", [self.target(item["example"])])
+            # drawn captions have a label each, other examples one answer
+            target += item["target"] if "target" in item else [self.label_of(item["example"])]
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         batch = {
             "frames": torch.stack([item["frames"] for item in items]),
@@ -352,7 +354,7 @@ class Collator:
             batch["mlm_labels"] = pad(mlm_labels, padding_value=-100)
         return batch
 
-    def target(self, example):
+    def label_of(self, example):
         """What the loss wants: an option's index, an answer's label, all soft scores, a count."""
         if isinstance(example.answer, dict):
             return [float(example.answer.get(answer, 0)) for answer in self.labels]
@@ -367,7 +369,7 @@ def input_texts(example):
 
 
 def data_loader(dataset, batches, collate, workers):
-    """Batches in the given order, read ahead by `workers` processes that stay alive throughout."""
+    """Batches in the given order, read ahead by `workers` processes, which live for one pass."""
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
         pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals,
@@ -388,8 +390,9 @@ def outlive_signals(worker):
 def caption_groups(examples, n):
     """Puts n captions of an image together, as the reference does: one pass through the CNN.
 
-    An epoch shows every caption once, an image as often as it has groups: of 5 captions with n = 2,
-    3 times. A caption that stands twice under an image counts once.
+    An epoch goes once through all groups, so to an image of 5 captions 3 times with n = 2. Of a
+    group's n texts half are mismatches (CaptionDraw): of its 2 captions an epoch shows 1, the next
+    one perhaps the other. A caption that stands twice under an image counts once.
     """
     images = {}
     for example in examples:
@@ -403,7 +406,7 @@ def caption_groups(examples, n):
 
 
 def captions_of(example):
-    """Those that are shown together; in retrieval the one that is its text."""
+    """Those of which CaptionDraw chooses; in retrieval the one that is its text."""
     return example.captions or (example.text,)
 
 
@@ -412,7 +415,8 @@ class CaptionDraw:
 
     One toss of a coin decides whether the first is a match, then they take turns. So each is a
     mismatch with probability 1/2, as in the reference, which tosses for each, but with an even n
-    half of a video's are: otherwise ITM begins by learning which pictures had luck.
+    half of a video's are: otherwise some pictures had more matches than others, and ITM would begin
+    by learning which.
     """
 
     def __init__(self, examples, n):
@@ -448,8 +452,8 @@ class CaptionDraw:
 def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
     """BERT's masking: of a share of the tokens 80% become [MASK], 10% a random one, 10% stay.
 
-    -> (input_ids with these changes, labels: the token at those 15%, -100 elsewhere). The random
-    and the unchanged ones are there because no text has a [MASK] after pretraining: any word may
+    -> (input_ids with these changes, labels: the tokens at the chosen places, -100 elsewhere). The
+    random and the unchanged ones are there because no text has a [MASK] after pretraining: any word may
     turn out to be the one to predict.
     """
     # [CLS], [SEP] and their like stand for no word: never masked
@@ -712,7 +716,7 @@ def _version(path):
 
 
 @functools.cache  # a few hundred bytes per file
-def _probe(path, mtime, size):
+def _probe(path, written, length):
     # Pillow first: it knows after a few bytes, and GIF delays better than ffmpeg's one rate.
     try:
         return _probe_image(path)
@@ -845,7 +849,8 @@ def check_cached(examples, s):
     paths = sorted({example.path for example in examples if example.path})
     remedy = f"python data.py cache --data {os.path.dirname(paths[0])} --size {s.size}"
     if not s.cache:
-        if any(path.lower().endswith(VIDEOS[1:]) for path in paths):  # GIFs: Pillow reads them in no time
+        # GIFs: Pillow reads them in no time
+        if not all(path.lower().endswith((".gif", *IMAGES)) for path in paths):
             print(f"note: `{remedy}` decodes these videos once; --cache then reads them much faster")
         return
     count = sum(open_cached(path, s.size) is not None for path in paths)
@@ -906,6 +911,8 @@ def reading(path):
     place = SimpleNamespace(path=path, row=1)
     try:
         yield place
+    except UnicodeDecodeError:
+        raise DataError(f"{place.path}:{place.row}: not UTF-8; save the file as that") from None
     except (ValueError, TypeError, AttributeError, OSError, RecursionError, csv.Error) as error:
         raise DataError(f"{place.path}:{place.row!s:.100}: {error!s:.400}") from None
 
@@ -1090,8 +1097,8 @@ def caption(row):
     return {"text": text_of(row, *CAPTION, blank=True)}
 
 
-def caption_choice(row):
-    """The index of one of five options: columns a1 .. a5 of TGIF-QA, or a list."""
+def five_options(row):
+    """Columns a1 .. a5 of TGIF-QA, or a list; the answer is the index of one."""
     if "a1" in row:
         options = [column(row, f"a{i}") for i in range(1, OPTIONS + 1)]
     else:
@@ -1099,12 +1106,17 @@ def caption_choice(row):
     if len(options) != OPTIONS:
         raise ValueError(f"expected {OPTIONS} options, found {len(options)}")
     options = tuple(clean(option, f"option {i}") for i, option in enumerate(options, 1))
-    return {"text": "", "options": options, "answer": whole(row, "answer", OPTIONS - 1)}
+    return {"options": options, "answer": whole(row, "answer", OPTIONS - 1)}
 
 
 def choice(row):
-    """A question about the video, where MSRVTT-MC's captions ask nothing."""
-    return {**caption_choice(row), "text": text_of(row, "question")}
+    """TGIF-QA's actions and transitions: five answers to a question."""
+    return {**five_options(row), "text": text_of(row, "question")}
+
+
+def caption_choice(row):
+    """MSRVTT-MC's five captions, about which nothing is asked."""
+    return {**five_options(row), "text": ""}
 
 
 def count(row):
@@ -1340,8 +1352,8 @@ def caption_rows(rows, path, split):
 
 
 def make_example(row, layout, place, folder):
-    """This is where an example gets its video's path, or None: it is missing."""
-    named = present(row, *MEDIA)
+    """A row to an Example. Its video's path is found here; None: it is missing."""
+    named = present(row, *MEDIA)  # the column
     video = name_of(row, named)
     video = MEDIA[named].format(video) if video.isdigit() else video
     name = name_of({"place": place.row, **row}, *IDS)
@@ -1349,8 +1361,7 @@ def make_example(row, layout, place, folder):
         name = f"{place.path.stem}/{name}"
     # Media lie in the data folder, whether the annotations do or have a folder in it, or with them.
     path = find_media(folder, video) or find_media(place.path.parent, video)
-    name = video if layout.paragraphs else name
-    return Example(name, video, path=path and str(path), **layout.asked(row))
+    return Example(video if layout.paragraphs else name, video, path=path and str(path), **layout.asked(row))
 
 
 # -------------------------------------------------- the table: tasks to layouts
@@ -1421,8 +1432,9 @@ def without_missing(examples, split, where, allow):
 
 TOY_VERSION = 4  # a new number rewrites the toy data
 TOY_SIZE = 64  # pixels: the tiny model's L, which gives it a 4 x 4 grid
-# 8-second GIFs. 16 clips of one frame (the largest N_test) lie 2 frames apart, and no action is
-# shorter than 3: all together they see everything, one alone sees little.
+# 8-second GIFs. 16 clips of one frame (the largest N_test) lie at most 2 frames apart, and no action
+# is shorter than 3: together they see every action that ends before the last part of a GIF, which
+# uniform clips never see; one alone sees little.
 TOY_FPS, TOY_FRAMES = 4, 32
 # Frames of the repeated action, in all, and of the other one. Half of a GIF and more than a
 # quarter, so that a few clips see both. What remains are 7 frames of rest: five repetitions and the
@@ -2082,7 +2094,7 @@ def print_check(splits, found):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command line
+# The command line; `Parser` serves finetune.py and pretrain.py, too
 
 
 class Parser(argparse.ArgumentParser):
@@ -2159,14 +2171,14 @@ def parse_command(arguments):
     cache.numbers("--workers", high=256, default=os.cpu_count(), help="videos at once (default: one a core)")
 
     show = commands.add_parser("show", description="Draw a video's clips and frames. By default as the paper's model "
-                               "sees them: 448 pixels, clips of two frames, half a second apart.")  # fmt: skip
+                               "sees them: 448 pixels, clips of two frames, the first and the last of a second.")  # fmt: skip
     show.add_argument("video", type=Path)
     show.numbers("--clips", high=64, default=4)
     show.numbers("--frames", high=64, default=2)
     show.numbers("--size", low=16, high=2048, default=448)
     show.numbers("--fps", float, 0.001, 1000, default=2.0, help="a clip of T frames spans T / fps s")
     show.numbers("--seed", low=0, help="random clips, as in training, of this seed (default: uniform ones)")
-    show.add_argument("--out", type=Path, default="sheet.png")
+    show.add_argument("--out", type=Path, help="(default: named after the video, in this folder)")
 
     # By parse_args, the outer parser would complain of what is unknown; the command's own knows which flag was meant.
     args, unknown = parser.parse_known_args(arguments)
@@ -2198,16 +2210,17 @@ def run_command(args):
         write_cache(args.data, args.size, args.fps, args.workers)
     elif args.command == "show":
         sheet = contact_sheet(args.video, args.clips, args.frames, args.fps, args.size, args.seed)
-        sheet.save(args.out)
-        print(f"{args.out}: {args.clips} clips of {args.frames} frames")
+        out = args.out or Path(f"{args.video.stem}-clips.png")  # the video may be a PNG itself
+        sheet.save(out)
+        print(f"{out}: {args.clips} clips of {args.frames} frames")
     return 0
 
 
 def main(arguments=None):
     """Run a command: the one place where an error becomes a line.
 
-    A mistake ends in one line and exit code 2, as in clipbert.main, which this file can't import. What is no mistake
-    of the user's, but ours, keeps its traceback. Exit code 1 is `check`'s, 0 says that all is well.
+    A mistake ends in one line and exit code 2, as in clipbert.main; but this file is of use without that one. What is
+    no mistake of the user's, but ours, keeps its traceback. Exit code 1 is `check`'s, 0 says that all is well.
     """
     args = parse_command(arguments)
     try:

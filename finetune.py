@@ -4,8 +4,8 @@
     python finetune.py --task tgif_qa --data DIR --model base    the paper's model on real data
     python finetune.py --task tgif_qa --data DIR --init CKPT     from image-text pretraining
     python finetune.py --task tgif_qa --data DIR --eval CKPT --test_clips 1 4 16
-    python finetune.py --task tgif_qa --eval CKPT --predict VIDEO.gif --question "what does it?" \\
-                       --options jump spin wave --sheet out.png
+    python finetune.py --task tgif_qa --eval CKPT --predict VIDEO.gif --sheet out.png \\
+                       --question "what does the red triangle do 3 times ?" --options jump spin wave
     python finetune.py --task tgif_qa --resume                   go on after an interruption
     torchrun --nproc_per_node=8 finetune.py --task tgif_qa ...   eight GPUs, eight times the batch
 
@@ -14,7 +14,9 @@ step or evaluation), last.pt and the one before it, previous.pt, best.pt, predic
 metrics.json and sheet.png (some of the test examples, right and wrong). --eval writes beside its
 checkpoint, into files named after what was evaluated.
 
-Read it from `run_training` on: settings -> data -> model -> loop -> evaluation.
+Read it from `run_training` on: settings -> data -> model -> loop -> evaluation. The defaults that
+--help prints are those of --model base; what a task or the tiny model has instead stands in TASKS
+and TINY.
 """
 
 import json
@@ -43,11 +45,10 @@ from clipbert import setting
 
 @dataclass
 class Settings(clipbert.Settings):
-    """What fine-tuning can be told: the paper's numbers for TGIF-QA, here and in its parent."""
+    """What fine-tuning can be told, besides."""
 
-    task: str = setting("tgif_qa_action", "what to learn", metavar="TASK",
+    task: str = setting("tgif_qa_action", "what to learn",
                         choices=[*data.ALIASES, *(x for x in data.LAYOUTS if x != "pretrain")])  # fmt: skip
-    lr: float = setting(1e-4, "the learning rate's peak", low=0, high=1)
     text_length: int = setting(
         None, "Lt at most, [CLS] and [SEP] included (default: the task's)", low=3, high=512
     )
@@ -80,16 +81,21 @@ class Task(NamedTuple):
     tiny: dict | None = None  # what the tiny model changes, besides TINY
 
 
-# Eight clips of two frames, a second each: the paper's MSRVTT rows. LogSumExp lets one clip decide.
-CLIPS_8x2 = {"fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse", "grad_accum": 1,
-             "epochs": 20, "lr": 5e-5}  # fmt: skip
+# One clip of one frame: the paper's TGIF-QA. The reference code's own is another: size 768,
+# grad_accum 1, lr 5e-5.
+CLIPS_1x1 = {"size": 448, "fps": 1.0, "frames": 1, "train_clips": 1, "agg": "mean",
+             "batch_size": 16, "grad_accum": 2, "epochs": 15, "lr": 1e-4}  # fmt: skip
+# Eight clips of two frames, a second each: its MSRVTT. LogSumExp lets one clip decide.
+CLIPS_8x2 = {"size": 448, "fps": 2.0, "frames": 2, "train_clips": 8, "agg": "lse",
+             "batch_size": 16, "grad_accum": 1, "epochs": 20, "lr": 5e-5}  # fmt: skip
 
 TASKS = {
-    # The reference code's own configuration of TGIF-QA is another: size 768, grad_accum 1, lr 5e-5.
-    "tgif_qa_action": Task("TGIF-QA action", "choice"),
-    "tgif_qa_transition": Task("TGIF-QA transition", "choice", tiny={"max_steps": 1200}),
-    "tgif_qa_frameqa": Task("TGIF-QA FrameQA", "answer", outputs=1540),  # the reference's
-    "tgif_qa_count": Task("TGIF-QA count", "count"),
+    "tgif_qa_action": Task("TGIF-QA action", "choice", paper=CLIPS_1x1),
+    "tgif_qa_transition": Task("TGIF-QA transition", "choice", paper=CLIPS_1x1,
+                               tiny={"max_steps": 1200}),
+    "tgif_qa_frameqa": Task("TGIF-QA FrameQA", "answer", outputs=1540,  # the reference's
+                            paper=CLIPS_1x1),
+    "tgif_qa_count": Task("TGIF-QA count", "count", paper=CLIPS_1x1),
     "msrvtt_retrieval": Task("MSRVTT retrieval", "match", 2, paper=CLIPS_8x2),
     "didemo_retrieval": Task("DiDeMo paragraph retrieval", "match", 2, validation=True,
                              paper=CLIPS_8x2 | {"batch_size": 8, "grad_accum": 4}),
@@ -102,8 +108,8 @@ TASKS = {
     # Five captions, scored by a retrieval model: train (or --eval) one; only the test is its own.
     "msrvtt_mc": Task("MSRVTT multiple choice", "match", 2, paper=CLIPS_8x2),
     "vqa": Task("VQA v2", "soft",
-                paper={"size": 768, "batch_size": 32, "grad_accum": 1, "epochs": 5,
-                       "clip_grad": 2.0, "test_clips": (1,)},
+                paper=CLIPS_1x1 | {"size": 768, "batch_size": 32, "grad_accum": 1, "epochs": 5,
+                                   "clip_grad": 2.0, "test_clips": (1,)},
                 tiny={"lr": 5e-4, "max_steps": 2400}),
 }  # fmt: skip
 
@@ -118,7 +124,8 @@ def parse_arguments(arguments=None):
     """The values that the command line gives, by name; flags that need each other are checked."""
     parser = data.Parser(description=__doc__)
     given = clipbert.parse_flags(parser, Settings, arguments)
-    if not {"resume", "eval"} & given.keys():  # a checkpoint knows its task
+    # --eval's checkpoint knows its task; --resume without --out looks for the default task's runs
+    if not {"resume", "eval"} & given.keys():
         given.setdefault("task", Settings.task)
     if "task" in given:
         given["task"] = data.ALIASES.get(given["task"], given["task"])
@@ -132,7 +139,7 @@ def parse_arguments(arguments=None):
     return given
 
 
-def row(name, model):
+def task_settings(name, model):
     """What a task has instead of the defaults: the paper's settings; the tiny model's changes."""
     task, length = TASKS[name], {"text_length": data.LAYOUTS[name].text_length}
     return length | (task.paper or {}) | (TINY | (task.tiny or {}) if model == "tiny" else {})
@@ -145,21 +152,23 @@ def row(name, model):
 def run_training(given):
     """Train, then evaluate best.pt on the test split."""
     name = given.get("task", Settings.task)
-    s, state = clipbert.begin(Settings, given, name, lambda model: row(name, model))
+    s, state = clipbert.begin(Settings, given, name, lambda model: task_settings(name, model))
+    if s.data and s.model == "tiny":
+        print("note: the tiny model, on small frames; the paper's is --model base")
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
-    with clipbert.first_one_first():  # there may be toy data to write, or weights to download
+    with clipbert.first_one_first():
         examples, test = load_examples(s, "train"), load_examples(s, "test")
-        model, known = load_model(s, state) if s.resume else new_model(s, state, examples)
-    if known["answers"]:
-        examples = only_known_answers(s, examples, set(known["answers"]), "training: left out")
-        only_known_answers(s, test, set(known["answers"]), "test: counted as wrong")  # says how many
-    data.check_cached(examples + test, s)
-    model, collate = clipbert.use_machine(s, model), build_collator(s, known)
+        val = validation_examples(s)
+        data.check_cached(examples + val + test, s)
+        model, extras = load_model(s, state) if s.resume else new_model(s, state, examples)
+    if extras["answers"]:
+        examples = only_known_answers(s, examples, set(extras["answers"]), "training: left out")
+        only_known_answers(s, test, set(extras["answers"]), "test: counted as wrong")
+    model, collate = clipbert.use_machine(s, model), build_collator(s, extras)
     print(f"{TASKS[s.task].title}: {len(examples):,} training and {len(test):,} test examples from "
           f"{where(s)}")  # fmt: skip
     stopped = state if s.resume else None
-    training = clipbert.Training(s, model, len(examples), stopped, **known)
-    val = validation_examples(s)
+    training = clipbert.Training(s, model, len(examples), stopped, **extras)
     train(s, model, collate, training, examples, val)
     if val:
         model.load_state_dict(clipbert.load_checkpoint(training.out / "best.pt")["model"])
@@ -167,7 +176,8 @@ def run_training(given):
         # To choose a step by the test set would be cheating: the last is the best.
         training.save("best.pt", training.total_steps)
     results = evaluate(s, model, collate, test, s.test_clips)
-    report(s, "", results, chance_level(s, known["guess"], test), time.time() - training.began)
+    chance = chance_level(s, extras["guess"], test)
+    report(s, results, chance, time.time() - training.began)
     if not clipbert.RANK:
         example_sheet(s, model, collate, test, results[1]).save(training.out / "sheet.png")
     print_next_steps(s)
@@ -201,8 +211,8 @@ def train(s, model, collate, training, examples, val):
         training.update(step, loss=total)  # the learning rate, clipped gradients, AdamW; the log
         if val and training.ends_epoch(step):
             by_clips, *_ = evaluate(s, model, collate, val, [1])  # one clip: a cheap look
-            score = next(iter(by_clips["1"].values()))  # the accuracy; of retrieval, text to video
-            score = score["r1"] if isinstance(score, dict) else score
+            found = by_clips["1"]
+            score = found["accuracy"] if "accuracy" in found else found["text_to_video"]["r1"]
             training.validated(step, score, {"validation": score})
             model.train()
 
@@ -229,14 +239,14 @@ def load_examples(s, split):
 
 
 def validation_examples(s):
-    """The val split of a task that chooses best.pt by it; None of toy data, or where it is not."""
+    """The val split of a task that chooses best.pt by it; toy data and some folders have none."""
     if not TASKS[s.task].validation or not s.data:
-        return None
+        return []
     try:
         return load_examples(s, "val")
     except data.NoAnnotations as error:
         print(f"{error}: without a validation split the last checkpoint counts as the best")
-        return None
+        return []
 
 
 def new_model(s, state, examples):
@@ -250,7 +260,7 @@ def new_model(s, state, examples):
         # A list in the folder, as the official checkpoints have one; else training's most frequent.
         listed = data.read_answer_list(folders(s)[0])
         answers = listed or data.answer_list(examples, layout.top_answers)
-    # VQA's outputs are its list; the others may have more outputs than answers, as the reference.
+    # FrameQA has at least 1,540 outputs, as the reference, and so perhaps some without an answer.
     outputs = len(answers) if layout.top_answers else max(task.outputs, len(answers or []))
     texts = (text for example in examples for text in data.input_texts(example))
     model, vocabulary = clipbert.start_model(
@@ -274,9 +284,10 @@ def load_model(s, state):
     return model, {k: state[k] for k in ("task", "num_outputs", "vocabulary", "answers", "guess")}
 
 
-def build_collator(s, known):
+def build_collator(s, extras):
     """Texts to tokens and answers to labels, as the model knows them."""
-    return data.Collator(data.build_tokenizer(known["vocabulary"]), s.text_length, known["answers"])
+    tokenizer = data.build_tokenizer(extras["vocabulary"])
+    return data.Collator(tokenizer, s.text_length, extras["answers"])
 
 
 def only_known_answers(s, examples, answers, what):
@@ -290,7 +301,7 @@ def only_known_answers(s, examples, answers, what):
         print(f"{others:,} of {len(examples):,} questions have no answer in the list of "
               f"{len(answers):,} ({what})")  # fmt: skip
     if not known:
-        raise data.DataError(f"{where(s)}: no answer is in the list of answers there; remove it")
+        raise data.DataError(f"{where(s)}: none of its answers is in the list of {len(answers):,}")
     return known
 
 
@@ -299,15 +310,18 @@ def only_known_answers(s, examples, answers, what):
 
 
 def evaluate(s, model, collate, examples, clip_counts):
-    """-> ({n: metrics} for each N_test, predictions at the last of them, what could not be read).
+    """-> ({N_test: metrics}, predictions at the last N_test, what could not be read).
 
     Retrieval asks of every pair of a caption and a video; all other tasks, of each example alone.
+    Of several processes each does all of it, so that all know the score.
     """
     retrieval = TASKS[s.task].kind == "match" and not examples[0].options
-    evaluate_at, by_clips = evaluate_retrieval if retrieval else evaluate_answers, {}
-    for n in clip_counts:
-        by_clips[str(n)], predictions, errors = evaluate_at(s, model, collate, examples, n)
-    return by_clips, [row | {"clips": n} for row in predictions], errors
+    evaluate_at = evaluate_retrieval if retrieval else evaluate_answers
+    by_clips = {}
+    for n_clips in clip_counts:
+        results = evaluate_at(s, model, collate, examples, n_clips)
+        by_clips[str(n_clips)], predictions, errors = results
+    return by_clips, [row | {"clips": n_clips} for row in predictions], errors
 
 
 def evaluate_answers(s, model, collate, examples, n_clips):
@@ -322,7 +336,7 @@ def evaluate_answers(s, model, collate, examples, n_clips):
 def score_videos(s, model, collate, examples, n_clips):
     """p at N_test = n_clips: a pair (scores, readable) an example; and what could not be read."""
     model.eval()
-    # 2 * batch_size clips at a time: without gradients there is room for more than in training.
+    # Twice as many clips as a training batch has videos: without gradients there is room for them.
     batches = data.ordered_batches(len(examples), max(1, 2 * s.batch_size // n_clips))
     dataset = data.ClipDataset(examples, s, n_clips=n_clips, train=False)
     results, errors = [], []
@@ -360,7 +374,8 @@ def grade(kind, example, said):
     """How good an answer is: right or wrong, VQA's accuracy from 0 to 1, or the squared error.
 
     said: what stands in Example.answer for it; of VQA an answer in words; of a count any number.
-    mse_rounded, what papers print, is that of the nearest whole number from 1 to 10.
+    mse_rounded, what papers print, is that of the nearest whole number from 1 to 10. (Of an example
+    it is a squared error; `metrics` takes the mean.)
     """
     if kind == "count":
         return {"mse": (said - example.answer) ** 2,
@@ -381,7 +396,7 @@ def metrics(examples, grades):
         return {name: mean(row[name] for row in grades) for name in ("mse", "mse_rounded")}
     values = {"accuracy": []}
     for example, row in zip(examples, grades, strict=True):
-        for name in {"accuracy", f"accuracy_{example.kind}" if example.kind else "accuracy"}:
+        for name in ["accuracy", f"accuracy_{example.kind}"] if example.kind else ["accuracy"]:
             values.setdefault(name, []).append(100 * row["accuracy"])
     return {name: mean(values[name]) for name in sorted(values)}
 
@@ -418,8 +433,8 @@ def chance_level(s, guess, test):
 
 
 # -------------------------------------------------- retrieval: every caption against every video
-# Each clip goes through the CNN once and each caption through the tokenizer once; the reference
-# repeats the CNN for every batch of captions.
+# For each N_test a clip goes through the CNN once and a caption through the tokenizer once; the
+# reference repeats the CNN for every batch of captions.
 
 
 def evaluate_retrieval(s, model, collate, examples, n_clips):
@@ -442,7 +457,8 @@ def evaluate_retrieval(s, model, collate, examples, n_clips):
 
 @torch.no_grad()
 def encode_videos(s, model, collate, videos, n_clips):
-    """F_v of each video: grids (N, h, w, d), None where it can't be read; and what could not be.
+    """The CNN's grids of each video, means over T: (N, h, w, d), None where it can't be read; and
+    what could not be.
 
     They wait in CPU memory, in the precision of the computation: half, where that is bf16 or fp16.
     """
@@ -453,7 +469,7 @@ def encode_videos(s, model, collate, videos, n_clips):
     for batch in data.data_loader(dataset, batches, collate, s.workers):
         with clipbert.autocast(s):
             grid = model.encode_frames(batch["frames"][0].to(clipbert.DEVICE))  # (N, T, h, w, d)
-        grid = grid.mean(1).to("cpu", grid.dtype)  # over T: every caption would take it again
+        grid = grid.mean(1).cpu()  # over T: every caption would take it again
         grids.append(None if batch["unreadable"][0] else grid)
         errors += batch["unreadable"][0]
     return grids, errors
@@ -543,8 +559,7 @@ def recalls(ranks):
 
 
 ########################################################################################################################
-# Here the paper's part ends. What follows puts it to use: reports, the three things this script
-# does, pictures.
+# Here the paper's part ends. What follows puts it to use: reports, --eval and --predict, pictures.
 ########################################################################################################################
 
 
@@ -552,7 +567,7 @@ def recalls(ranks):
 # What a run leaves behind
 
 
-def report(s, ending, results, chance, seconds):
+def report(s, results, chance, seconds, ending=""):
     """Write metrics.json and predictions.jsonl (--eval: with an ending to their names); print the table."""
     by_clips, predictions, errors = results
     everything = {
@@ -578,7 +593,7 @@ def report(s, ending, results, chance, seconds):
 
 def print_next_steps(s):
     """What a newcomer to the toy data may want to do next."""
-    if s.data is None and not clipbert.RANK:
+    if s.data is None:
         command = f"python finetune.py --task {s.task}"
         print(f"\nNext: {command} --eval {Path(s.out) / 'best.pt'} --predict VIDEO --question ...")
         if not s.blind:
@@ -591,32 +606,32 @@ def print_next_steps(s):
 
 
 def load_for_use(given):
-    """--eval: (s, model, collate, known) of a fine-tuned checkpoint, with its settings where no flag says otherwise."""
+    """--eval: (s, model, collate, extras) of a fine-tuned checkpoint, with its settings where no flag says otherwise."""
     s, state = clipbert.load_finished(Settings, given)
-    model, known = load_model(s, state)
-    return s, clipbert.use_machine(s, model), build_collator(s, known), known
+    model, extras = load_model(s, state)
+    return s, clipbert.use_machine(s, model), build_collator(s, extras), extras
 
 
 def run_evaluation(given):
     """--eval: evaluate a checkpoint at each N_test. The results lie beside it, named after what was evaluated."""
-    s, model, collate, known = load_for_use(given)
+    s, model, collate, extras = load_for_use(given)
     test = load_examples(s, s.split)
     data.check_cached(test, s)
     began = time.time()
     results = evaluate(s, model, collate, test, s.test_clips)
-    ending = clipbert.result_suffix(s, s.task, s.split)
-    report(s, ending, results, chance_level(s, known["guess"], test), time.time() - began)
+    chance, ending = chance_level(s, extras["guess"], test), clipbert.result_suffix(s, s.task, s.split)
+    report(s, results, chance, time.time() - began, ending)
 
 
 def run_prediction(given):
     """Answer one question about one video, at the largest N_test."""
     s, model, collate, _ = load_for_use(given)
     kind, n = TASKS[s.task].kind, max(s.test_clips)
-    if (kind == "choice") != (len(s.options) > 1) and kind != "match":
+    if kind == "choice" and len(s.options) < 2 or kind in ("answer", "soft", "count") and s.options:
         raise ValueError(f"--task {s.task}: multiple choice, and only that, takes --options A B ...")
     # Of a retrieval model all are captions, and nothing is asked.
     text, options = ("", (s.question, *s.options)) if kind == "match" else (s.question, s.options)
-    example = data.Example("0", Path(s.predict).name, text, options, answer=0, path=s.predict)
+    example = data.Example("0", Path(s.predict).name, text, options, path=s.predict)
     seen, known = look(s, model, collate, example, n), collate.tokenizer.get_vocab()
     unknown = [word for text in (s.question, *s.options) for word in data.words_of(text) if word not in known]
     if s.model == "tiny" and unknown:
@@ -640,8 +655,8 @@ class Seen(NamedTuple):
     clips: torch.Tensor  # (N, T): indices of the frames
     frames: torch.Tensor  # (N, T, 3, L, L) uint8
     attention: torch.Tensor  # (N, h, w): from [CLS] to each cell of the grid; the rest of 1 goes to the words
-    names: list  # of the n <= 5 best answers of all clips together, the best first
-    scores: torch.Tensor  # (N + 1, n): what each clip says alone, and, last, all together: probabilities, or a count
+    names: list  # of the m <= 5 best answers of all clips together, the best first
+    scores: torch.Tensor  # (N + 1, m): what each clip says alone, and, last, all together: probabilities, or a count
     points: torch.Tensor  # (N,): p_i of the best, before any softmax: what G makes one number of
 
 
@@ -723,7 +738,7 @@ def legend(s, top):
 def prediction_sheet(s, seen):
     """What led to an answer: all clips on the time line, and a strip for each of the s.clips best, in order of time."""
     N, T = seen.clips.shape
-    # Whatever G is, mean, max or lse: the higher a clip's own p_i, the more of the answer is due to it.
+    # Whatever G is, mean, max or lse: the higher a clip's own p_i, the more it speaks for the answer.
     shown = sorted(seen.points.argsort(descending=True)[: s.clips].tolist())
     colors = dict(zip(shown, data.SHEET_COLORS, strict=False))
     strips = [data.time_line(seen.media, seen.clips, T / s.fps, [colors.get(i, data.PALE) for i in range(N)])]

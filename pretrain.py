@@ -44,13 +44,12 @@ class Settings(clipbert.Settings):
     """The reference's numbers for each of its eight GPUs: 32 images x 2 captions a batch, two
     batches to an update."""
 
-    task: str = setting("pretrain", "the name of what this script does", choices=["pretrain"])
     size: int = setting(768, "L, pixels", low=16, high=64 * clipbert.VisualEmbedding.MAX_GRID)
     # The paper's "pixel random sampling": faster, and a regulariser.
     keep: int = setting(100, "random grid tokens that a training step keeps, of 144 at L = 768")
     captions: int = setting(2, "of an image at a time, for one pass through the CNN", high=1000)
     batch_size: int = setting(32, "images at a time, on each GPU")
-    epochs: int = setting(40, "each shows every caption once (COCO, VG: 6,000 updates, eight GPUs)")
+    epochs: int = setting(40, "each goes through all groups of captions (on eight GPUs 6,000 updates)")
     eval_every: int = setting(None, "steps from one evaluation to the next (default: an epoch)")
     mask_rate: float = setting(0.15, "the share of words that are masked", low=0.001, high=1)
     mlm_over: str = setting("masked", "what the MLM loss is averaged over: masked tokens, or all",
@@ -60,7 +59,7 @@ class Settings(clipbert.Settings):
 # What the tiny model changes. From random weights ITM stays at ln(2), the loss of guessing, for
 # hundreds of steps; and the more MLM weighs, the longer: its large, easy gains (which word follows
 # which, without looking) teach attention to leave the picture alone. Hence the reference's average
-# over all positions, that is, a small weight, and a low learning rate.
+# over all positions, that is, a small weight.
 TINY = {"size": 64, "grad_accum": 1, "lr": 3e-4, "max_steps": 1200, "eval_every": 400,
         "mlm_over": "all"}  # fmt: skip
 # No toy caption has more than 9 tokens, by which that average then divides; a photo has 6 of them.
@@ -76,25 +75,27 @@ MOST_VALIDATION = 2000
 
 
 def run_training(given):
-    """Pretrain, then evaluate the last weights on the validation images."""
+    """Pretrain, then evaluate the last weights on the validation images.
+
+    Fine-tuning starts from them, too: as in the paper, nothing is chosen by validation. (best.pt is
+    there for those who want to.)
+    """
     toy = {} if "data" in given else TOY
     changes = {"tiny": TINY | toy, "base": {}}  # the defaults are the paper's
-    s, state = clipbert.begin(Settings, given, "pretrain", changes.get)
+    s, state = clipbert.begin(Settings, given, "pretrain", lambda model: changes[model])
     torch.manual_seed(s.seed)  # of the initial weights, and of dropout
-    with clipbert.first_one_first():  # there may be toy data to write, or weights to download
+    with clipbert.first_one_first():
         examples, val = load_examples(s)
+        data.check_cached(examples + val, s)
         model, vocabulary = load_model(s, state) if s.resume else new_model(s, state, examples)
-    data.check_cached(examples + val, s)
     model = clipbert.use_machine(s, model)
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
     print(f"{len(examples):,} groups of {s.captions} captions for training, {len(val):,} for "
           "validation")  # fmt: skip
     stopped = state if s.resume else None
-    training = clipbert.Training(
-        s, model, len(examples), stopped, task="pretrain", vocabulary=vocabulary
-    )
+    training = clipbert.Training(s, model, len(examples), stopped, vocabulary=vocabulary)
     train(s, model, collate, training, examples, val)
-    report(s, "", val, *evaluate(s, model, collate, val), time.time() - training.began)
+    report(s, val, *evaluate(s, model, collate, val), time.time() - training.began)
     if not s.data:
         print(f"\nNext: python finetune.py --task tgif_qa --init {training.out / 'last.pt'}")
 
@@ -122,13 +123,14 @@ def train(s, model, collate, training, examples, val):
             frames = batch["frames"][:, 0]  # (B, T, 3, L, L): the one clip
             text = batch["input_ids"], batch["attention_mask"]  # (B*n, Lt): n captions an image
             with clipbert.autocast(s):
-                mlm, itm = training.forward(frames, *text, s.keep)
-            mlm = clipbert.mlm_loss(mlm, batch["mlm_labels"], s.mlm_over, s.text_length)
-            itm = clipbert.itm_loss(itm, batch["target"])
+                mlm_scores, itm_scores = training.forward(frames, *text, s.keep)
+            labels, match = batch["mlm_labels"], batch["target"]
+            mlm = clipbert.mlm_loss(mlm_scores, labels, s.mlm_over, s.text_length)
+            itm = clipbert.itm_loss(itm_scores, match)
             training.backward(mlm + itm)
             totals += torch.stack([mlm, itm]).detach()
         training.update(step, loss=totals.sum(), mlm=totals[0], itm=totals[1])
-        # A score is the better, the higher: hence the minus. best.pt has the lowest of both losses.
+        # A score is the better, the higher: hence the minus. best.pt has the lowest sum of losses.
         last = step == training.total_steps
         if last or (step % s.eval_every == 0 if s.eval_every else training.ends_epoch(step)):
             metrics, _ = evaluate(s, model, collate, val)
@@ -159,19 +161,27 @@ def load_folder(s, folder):
         data.without_missing(data.read_examples("pretrain", [folder], split), split, folder,
                              s.allow_missing) for split in ("train", "val")
     )  # fmt: skip
-    seen, kept = images_of(train), images_of(val)
+    images, val_images = images_of(train), images_of(val)
     if not val:
-        # Seed 0, whatever --seed is: --eval with another seed would hold out other images, on which
-        # the checkpoint may have been trained.
-        shuffled = random.Random(0).sample(seen, len(seen))
-        kept = shuffled[: max(2, len(seen) // 10)]  # one has no other to be confused with
-        seen, val = [image for image in seen if image not in set(kept)], train
-        print(f"{folder}: no validation captions, so {len(kept):,} images are held out")
-    seen, kept = set(seen[: s.limit]), set(kept[: min(s.limit or MOST_VALIDATION, MOST_VALIDATION)])
-    if not seen or len(kept) < 2:
-        raise data.DataError(f"{folder}: {len(seen)} training and {len(kept)} validation images "
-                             "are too few: put more captioned images there")  # fmt: skip
-    return [e for e in train if e.source in seen], [e for e in val if e.source in kept]
+        images, val_images = hold_out(images)
+        val = train
+        print(f"{folder}: no validation captions, so {len(val_images):,} images are held out")
+    images, val_images = set(images[: s.limit]), set(val_images[: s.limit][:MOST_VALIDATION])
+    if not images or len(val_images) < 2:
+        raise data.DataError(f"{folder}: {len(images)} training and {len(val_images)} validation "
+                             "images are too few: put more captioned images there")  # fmt: skip
+    return [e for e in train if e.source in images], [e for e in val if e.source in val_images]
+
+
+def hold_out(images):
+    """(training, validation): a tenth, at least two: one has no other to be confused with.
+
+    Seed 0, whatever --seed is: --eval with another seed would hold out other images, on which the
+    checkpoint may have been trained.
+    """
+    shuffled = random.Random(0).sample(images, len(images))
+    held_out = shuffled[: max(2, len(images) // 10)]
+    return [image for image in images if image not in set(held_out)], held_out
 
 
 def images_of(examples):
@@ -210,7 +220,7 @@ def load_model(s, state):
 
 @torch.no_grad()
 def evaluate(s, model, collate, val):
-    """-> (accuracies in percent, mean losses and counts, what could not be read).
+    """-> ({accuracies in percent, mean losses, counts}, what could not be read).
 
     Of each group CaptionDraw takes some captions from other images, the same ones every time.
     MLM's loss is over the masked tokens, always.
@@ -219,15 +229,19 @@ def evaluate(s, model, collate, val):
     draw = data.CaptionDraw(val, s.captions)
     dataset = data.ClipDataset(val, replace(s, seed=0), n_clips=1, train=False, draw=draw)
     own = data.ordered_batches(len(val), s.batch_size)[clipbert.RANK :: clipbert.PROCESSES]
-    words, texts, errors = [], [], []  # a row for each masked word, for each text (see judge)
+    words, texts, errors = [], [], []  # a row for each masked word, for each text (see compare)
     for batch in data.data_loader(dataset, own, collate, s.workers):
         batch = clipbert.to_device(batch)
         with clipbert.autocast(s):
-            mlm, itm = model(batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"])
+            mlm_scores, itm_scores = model(
+                batch["frames"][:, 0], batch["input_ids"], batch["attention_mask"]
+            )
         match, labels = batch["target"], batch["mlm_labels"]
         masked = labels != -100  # (B*n, Lt)
-        words.append(judge(mlm[masked], labels[masked], match.repeat_interleave(masked.sum(1))))
-        texts.append(judge(itm, match, match))
+        words.append(
+            compare(mlm_scores[masked], labels[masked], match.repeat_interleave(masked.sum(1)))
+        )
+        texts.append(compare(itm_scores, match, match))
         errors += [line for lines in batch["unreadable"] for line in lines]
     # From all processes, of which one may have had no batch at all: hence a beginning of no rows.
     words, texts, errors = ([x for part in clipbert.gather(mine) for x in part]
@@ -241,7 +255,7 @@ def evaluate(s, model, collate, val):
     }, errors  # fmt: skip
 
 
-def judge(scores, labels, match):
+def compare(scores, labels, match):
     """scores (n, classes), labels (n,), match (n,) -> (n, 3) on the CPU: right, loss, match."""
     losses = torch.nn.functional.cross_entropy(scores.float(), labels, reduction="none")
     return torch.stack([scores.argmax(1) == labels, losses, match], dim=1).double().cpu()
@@ -260,10 +274,10 @@ def run_evaluation(given):
     model, began = clipbert.use_machine(s, model), time.time()
     collate = data.Collator(data.build_tokenizer(vocabulary), s.text_length, mask_rate=s.mask_rate)
     results = evaluate(s, model, collate, val)
-    report(s, clipbert.result_suffix(s, "val"), val, *results, time.time() - began)
+    report(s, val, *results, time.time() - began, clipbert.result_suffix(s, "val"))
 
 
-def report(s, ending, val, metrics, errors, seconds):
+def report(s, val, metrics, errors, seconds, ending=""):
     """Write metrics.json (--eval: with an ending to its name); print the table."""
     images, path = len(images_of(val)), Path(s.out) / f"metrics{ending}.json"
     everything = {
