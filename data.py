@@ -161,13 +161,10 @@ def build_tokenizer(vocabulary):
     return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
 
 
-def read_vocabulary(bert=None, offline=False):
-    """A BERT's tokens (bert-base-uncased: 30,522): vocab.txt of a folder, or of the hub's.
-
-    offline: only a copy of the hub's that an earlier run has left on this machine.
-    """
+def read_vocabulary(bert=None):
+    """A BERT's tokens (bert-base-uncased: 30,522): vocab.txt of a folder, or of the hub's."""
     try:
-        path = cached_file(str(bert or "bert-base-uncased"), "vocab.txt", local_files_only=offline)
+        path = cached_file(str(bert or "bert-base-uncased"), "vocab.txt")
         vocabulary = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         reason = str(error).splitlines()[0][:150]
