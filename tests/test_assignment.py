@@ -116,8 +116,7 @@ def test_mistakes_and_a_sample_of_slips_are_found(number):
         assert any(run_tests(number, changed)), f"{where} {what}"
 
 
-# --------------------------------------------------------------------------------------------------
-# The copy and its grading
+# ------------------------------------------------ The copy and its grading
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +163,6 @@ def test_grading_gives_partial_points_and_survives_what_students_write(copy, tmp
         shutil.copyfile(SOURCES[module], tmp_path / SOURCES[module].name)
         return points, capsys.readouterr().out.splitlines()
 
-    monkeypatch.setattr(assignment, "LIMIT", 600)  # a busy machine
     for path in SOURCES.values():
         shutil.copyfile(path, tmp_path / path.name)
     points, (_, lost, _) = grade(6, "clipbert", 'if how == "lse":', 'if how == "other":')
@@ -173,7 +171,7 @@ def test_grading_gives_partial_points_and_survives_what_students_write(copy, tmp
     assert points == 0 and lines[1].endswith("the process ended before this test did") and len(lines) == 3
     points, lines = grade(9, "data", "def mask_tokens(", "def mask_tokens(:")
     assert points == 0 and "SyntaxError" in lines[1]
-    assert assignment.grade(copy) == 0 and capsys.readouterr().out.count("not begun") == len(EXERCISES)
+    assert assignment.grade(copy) == 0 and capsys.readouterr().out.count(": Exercise") == len(EXERCISES)
     monkeypatch.setattr(assignment, "LIMIT", 10)
     points, lines = grade(12, "finetune", "return 1 + (scores > own)", "while True: pass  #")
     assert points == 0 and lines[1].endswith("stopped after 10 seconds")

@@ -34,6 +34,9 @@ GOLDEN, PRETRAIN, RETRIEVAL = (
 TINY = replace(clipbert.ClipBertConfig.tiny(vocab_size=200), hidden_size=32, layers=2, intermediate_size=64)
 
 
+torch.set_num_threads(1)  # the models are tiny
+
+
 class Hurt(AssertionError):
     """A property that doesn't hold, in a sentence."""
 
@@ -142,8 +145,7 @@ def pixels(*shape):
     return torch.randint(0, 256, shape, generator=seeded(0), dtype=torch.uint8)
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 1: clip sampling
+# ------------------------------------------------ Exercise 1: clip sampling
 
 # num_frames, fps, n_clips, n_frames, target_fps; a test clip, its frames: the authors' decoder's, but where N = 1.
 CLIPS = [
@@ -200,8 +202,7 @@ def test_exercise1_training():
     assert data.sample_clips(300, 30.0, 8, 2, 2, True).shape == (8, 2)  # None: torch's own
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 2: the grid encoder
+# ------------------------------------------------ Exercise 2: the grid encoder
 
 
 def grid_features(bgr=False):
@@ -248,8 +249,7 @@ def test_exercise2_once():
     assert seen == [6]
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 3: visual tokens
+# ------------------------------------------------ Exercise 3: visual tokens
 
 
 def visual_embedding(dropout=0.0):
@@ -320,8 +320,7 @@ def test_exercise3_refused():
             module(torch.zeros(1, 1, h, w, 32))
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 4: [text; grid] with its mask
+# ------------------------------------------------ Exercise 4: [text; grid] with its mask
 
 
 def encoder(scale=1, dropout=0.0):
@@ -387,8 +386,7 @@ def test_exercise4_texts_of_a_video():
         assert str(count) in str(error.value) and str(videos) in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 5: p_1, ..., p_N
+# ------------------------------------------------ Exercise 5: p_1, ..., p_N
 
 
 class Simple(nn.Module):
@@ -447,8 +445,7 @@ def test_exercise5_once():
         assert model.clips == [6]
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 6: from clips to a video
+# ------------------------------------------------ Exercise 6: from clips to a video
 
 BY_HAND = {
     "mean": lambda logits: sum(logits) / len(logits),
@@ -491,8 +488,7 @@ def test_exercise6_unknown():
                 clipbert.aggregate_clips(torch.zeros(clips, 1, 1), how)
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 7: the losses of a video
+# ------------------------------------------------ Exercise 7: the losses of a video
 
 ROWS = torch.tensor([[0.5, 4.0, -2.0], [1.0, -0.5, 3.0], [-20.0, 80.0, 79.0], [5.0, -20.0, -20.5]])
 
@@ -556,8 +552,7 @@ def test_exercise7_unknown():
             clipbert.video_loss(torch.zeros(1, 1), torch.zeros(1), kind)
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 8: evaluation with N_test clips
+# ------------------------------------------------ Exercise 8: evaluation with N_test clips
 
 
 class Recorded(nn.Module):
@@ -630,8 +625,7 @@ def test_exercise8_mode():
         assert model.training == training and len(model.calls) == 4 and model.testing
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 9: which words to mask
+# ------------------------------------------------ Exercise 9: which words to mask
 
 TOKENIZER = data.build_tokenizer(data.SPECIAL_TOKENS + [f"word{c}" for c in "abcdefghijklmnopqrstuvwxyz"])
 MASK = TOKENIZER.mask_token_id
@@ -697,8 +691,7 @@ def test_exercise9_each_by_itself():
         decided_by_generator(lambda generator, i=i: data.mask_tokens(word_ids(90), TOKENIZER, generator)[i].tolist())
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 10: the losses of pretraining
+# ------------------------------------------------ Exercise 10: the losses of pretraining
 
 LABELS = torch.tensor([[1, -100, -100, -100], [2, 0, 1, -100], [-100, 3, -100, 4]])
 NONE = torch.full((2, 4), -100)
@@ -756,8 +749,7 @@ def test_exercise10_precision():
             assert loss(scores, labels).dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 11: right and wrong captions
+# ------------------------------------------------ Exercise 11: right and wrong captions
 
 IMAGES = ["dog", "hen", "cow", "dog", "owl"]
 CAPTIONS = ["A dog runs", "a bird", "a Cow", "The dog", "a bird"]
@@ -805,8 +797,7 @@ def test_exercise11_never_its_own():
         assert all(draw == (captions, [1] * len(captions)) for draw in matched(images, captions, 10))  # none: it stays
 
 
-# --------------------------------------------------------------------------------------------------
-# Exercise 12: retrieval metrics
+# ------------------------------------------------ Exercise 12: retrieval metrics
 
 NAMES = {"r1": "r1", "r5": "r5", "r10": "r10", "medianR": "median_rank", "meanR": "mean_rank"}
 WAYS = {"text_to_video": "text2video", "video_to_text": "video2text"}
