@@ -35,7 +35,7 @@ SOURCES = {
 }  # fmt: skip
 COPIED = (  # besides SOURCES
     "pretrain.py", "LICENSE", "requirements.txt", "tests/conftest.py", "tests/runs.py", "tests/test_exercises.py",
-    "tests/golden_clipbert.json", "tests/golden_pretrain.json", "tests/golden_retrieval.json", "tests/ablations.py",
+    "tests/golden_pretrain.json", "tests/golden_retrieval.json", "tests/ablations.py",
 )  # fmt: skip
 EXERCISES = {  # what loses its body, "module.function" or "module.Class.method"; a helper before what calls it
     1: ("data.sample_clips",),
