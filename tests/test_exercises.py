@@ -575,6 +575,8 @@ def test_exercise8_value():
     for how, right, n_test in (("mean", 1, 20), ("max", 0, 20), ("lse", 0, 20), ("mean", 0, 16)):
         for at_once in (16, 7, 20, 100):
             assert model.accuracy([right], n_test, how, at_once=at_once) == 100
+    short = Recorded([[[score, 0.0]] for score in (1, 1, 1, 1, -3)])
+    assert short.accuracy([0], 5, at_once=4) == 100  # .2, not the mean of 1 and -3
 
 
 @worth(2, "not each clip goes through the model once, at most at_once of them in a call")
