@@ -595,7 +595,7 @@ class Settings:
     out: str = setting(None, "where to write (default: a new folder in runs/)", metavar="DIR")
     overwrite: bool = setting(False, "write into an --out that holds a run, and lose that run")
     resume: bool = setting(
-        False, "go on from the newest whole checkpoint in --out (default: the newest run of --task)"
+        False, "go on from the newest whole checkpoint in --out (default: the task's newest run)"
     )
     eval: str = setting(None, "only evaluate this checkpoint of ours", metavar="CKPT")
     # which model, and what it starts from
@@ -887,7 +887,7 @@ def write_file(path, content, previous=None):
             os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path}: not written ({error.strerror or error}): make room, then --resume, "
+        raise OSError(f"{path}: not written ({error.strerror or error}): see to that, then --resume, "
                       "or choose another --out") from error  # fmt: skip
     finally:
         with suppress(OSError):  # the disk may be gone altogether
@@ -902,7 +902,7 @@ def load_checkpoint(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(
-            f"{path}: no such checkpoint ({error.strerror}); give a file that training wrote"
+            f"{path}: no such checkpoint ({error.strerror}); give a file that training wrote, best.pt"
         ) from None
     except Exception as error:  # noqa: BLE001 - unpickling a stranger's bytes can raise anything
         raise ValueError(
@@ -981,9 +981,10 @@ def load_stopped(settings, given, name):
     weights (the learning rate follows the new length).
     """
     out = given.get("out", Path("runs") / name)
-    if "out" not in given:  # the newest, blind or not; previous.pt alone would do, too
-        written = sorted(Path("runs").glob(f"{name}*/*.pt"), key=lambda path: path.stat().st_mtime)
-        out = written[-1].parent if written else out
+    if "out" not in given:  # the newest; previous.pt alone would do, too
+        written = [path for path in Path("runs").glob(f"{name}*/*.pt")
+                   if ("_blind" in path.parent.name) == ("blind" in given)]  # fmt: skip
+        out = max(written, key=lambda path: path.stat().st_mtime).parent if written else out
     path = Path(out) / "last.pt"
     try:
         state = load_own(settings, path)
@@ -997,7 +998,7 @@ def load_stopped(settings, given, name):
     for flag in given.keys() - RESUMABLE:
         if given[flag] != state["settings"][flag]:
             raise ValueError(f"{path}: was begun with --{flag} {state['settings'][flag]}, not "
-                             f"{given[flag]}; leave that out, or start anew")  # fmt: skip
+                             f"{given[flag]}; leave that out, give another --out, or start anew")
     print(f"resuming from {path}, step {state['step']}")
     return settle(settings, state["settings"], given | {"out": str(out)}), state
 
@@ -1127,8 +1128,10 @@ class Training:
         self.waiting, self.unreadable = [], Counter()  # rows to log; error lines and how often
         self.stopped_by, self.began, self.shown = 0, time.time(), 0.0  # shown: when, see `show`
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {DEVICE}, "
-              f"{self.total_steps:,} updates of {self.per_step} examples ({n_examples:,} an epoch), "
+              f"{self.total_steps:,} updates of {self.per_step} examples (an epoch has {n_examples:,}), "
               f"learning rate {s.lr:g}; all settings are in {self.out / 'config.json'}")  # fmt: skip
+        if self.start >= self.total_steps:
+            print("this run is finished; --max_steps or --epochs with a larger number makes it longer")
 
     def restore(self, state):
         """Go on as if there had been no stop; the weights are loaded. -> bytes of the log to keep."""
@@ -1147,6 +1150,8 @@ class Training:
         """config.json; a log without the steps that will be logged again; no older run's weights."""
         config = {"device": DEVICE, "total_steps": self.total_steps, **self.contents["settings"],
                   "config": self.contents["config"]}  # fmt: skip
+        if anew and not self.s.overwrite and (self.out / "config.json").exists():
+            raise ValueError(f"{self.out}: another run has just begun there; choose another --out")
         write_file(self.out / "config.json", json.dumps(config, indent=2) + "\n")
         if anew:  # --overwrite: nothing that this run might fall back on stays
             for name in ("last.pt", "previous.pt", "best.pt"):
@@ -1286,8 +1291,9 @@ class Training:
             self.flush()  # first: the checkpoint tells how long the log is, with all steps so far
             self.checkpoint(step)
         if number:
-            raise KeyboardInterrupt(number, f"{signal.Signals(number).name} after step {step} of "
-                                    f"{self.total_steps}, which is saved: --resume goes on")  # fmt: skip
+            name = signal.Signals(number).name
+            raise KeyboardInterrupt(number, f"{name} after step {step} of {self.total_steps}, which is "
+                                    f"saved: --resume --out {self.out} goes on")  # fmt: skip
 
     def checkpoint(self, step):
         """last.pt, with all that a resumed run needs to repeat the uninterrupted one.
@@ -1312,6 +1318,8 @@ def list_unreadable(errors, what):
     print(f"unreadable files, {what}: {len(errors):,}", file=sys.stderr)
     for line, times in errors.most_common(20):
         print(f"  {times}x {line}", file=sys.stderr)
+    if len(errors) > 20:
+        print("  ...", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1319,11 +1327,11 @@ def list_unreadable(errors, what):
 
 
 def main(job, given):
-    """Run a script's job; an error that the user can mend ends in one line and exit code 2, Ctrl-C and
-    SIGTERM in 130 and 143.
+    """Run a script's job; an error that the user can mend ends in one line and exit code 2.
 
     --debug shows the traceback.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of steps, as Ctrl-C
     try:
         join_processes()
         job(given)

@@ -442,8 +442,8 @@ class CaptionDraw:
             caption = captions[torch.randint(len(captions), (), generator=generator)]
             if caption.lower() not in self.own[example.source]:
                 return caption
-        raise DataError(f"{example.video}: every caption is said of every video; there is nothing "
-                        "to tell apart")  # fmt: skip
+        raise DataError(f"{example.video}: no other video has another caption; there is nothing to "
+                        "tell apart: put more captioned videos there")  # fmt: skip
 
 
 def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
@@ -838,7 +838,7 @@ def write_cache(folder, size, rate, workers):
         faults = [fault for fault in results if fault]
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    print(f"{folder}: {len(videos) - len(faults):,} of {len(videos):,} videos are cached")
+    print(f"{folder}: {len(videos) - len(faults):,} of {len(videos):,} videos are cached at {size} pixels")
 
 
 def check_cached(examples, s):
@@ -936,7 +936,8 @@ def read_rows(place, path):
     for place.row, line in enumerate(lines[1:], 2):
         fields = split_line(line, tabs)
         if len(fields) != len(header):  # a blank line, too: it may be where a row was lost
-            raise ValueError(f"{len(fields)} columns where the header has {len(header)}")
+            hint = "" if tabs else "; a text with commas stands in quotes, on one line"
+            raise ValueError(f"{len(fields)} columns where the header has {len(header)}{hint}")
         yield dict(zip(header, fields, strict=True))
 
 
@@ -1036,7 +1037,7 @@ def present(row, *names):
     for name in names:
         if row.get(name) is not None:
             return name
-    raise ValueError(f"{' or '.join(names)} is missing")
+    raise ValueError(f"{' or '.join(names)} is missing; there is {', '.join(row)!r:.100}")
 
 
 def column(row, name, kind=object):
@@ -1323,7 +1324,7 @@ def read_file(layout, folder, path, split):
             # else under a number.
             key = example.video if alone or layout.paragraphs else len(found)
             if key in found and alone:
-                raise ValueError(f"a second caption of {key!r}; in testing it has one")
+                raise ValueError(f"a second caption of {key!r}; in testing it has one: remove the others")
             if key in found:
                 example = example._replace(text=f"{found[key].text} {example.text}".strip())
             found[key] = example

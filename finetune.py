@@ -162,8 +162,10 @@ def run_training(given):
         data.check_cached(examples + val + test, s)
         model, extras = load_model(s, state) if s.resume else new_model(s, state, examples)
     if extras["answers"]:
-        examples = only_known_answers(s, examples, set(extras["answers"]), "training: left out")
-        only_known_answers(s, test, set(extras["answers"]), "test: counted as wrong")
+        examples = only_known_answers(examples, set(extras["answers"]), "training: left out")
+        only_known_answers(test, set(extras["answers"]), "test: counted as wrong")
+    if not examples:
+        raise data.DataError(f"{where(s)}: no answer of training is in the list; remove ans2label")
     model, collate = clipbert.use_machine(s, model), build_collator(s, extras)
     print(f"{TASKS[s.task].title}: {len(examples):,} training and {len(test):,} test examples from "
           f"{where(s)}")  # fmt: skip
@@ -175,6 +177,7 @@ def run_training(given):
     else:
         # To choose a step by the test set would be cheating: the last is the best.
         training.save("best.pt", training.total_steps)
+    print(f"testing at N_test = {', '.join(map(str, s.test_clips))}", flush=True)
     results = evaluate(s, model, collate, test, s.test_clips)
     chance = chance_level(s, extras["guess"], test)
     report(s, results, chance, time.time() - training.began)
@@ -245,7 +248,7 @@ def validation_examples(s):
     try:
         return load_examples(s, "val")
     except data.NoAnnotations as error:
-        print(f"{error}: without a validation split the last checkpoint counts as the best")
+        print(f"note: {error}: without a validation split the last checkpoint counts as the best")
         return []
 
 
@@ -290,7 +293,7 @@ def build_collator(s, extras):
     return data.Collator(tokenizer, s.text_length, extras["answers"])
 
 
-def only_known_answers(s, examples, answers, what):
+def only_known_answers(examples, answers, what):
     """The examples with an answer in the list; the others are counted.
 
     In training they have no label, so they are left out; a test without them would be too easy.
@@ -298,10 +301,8 @@ def only_known_answers(s, examples, answers, what):
     known = [e for e in examples if not answers.isdisjoint(
         [e.answer] if isinstance(e.answer, str) else e.answer)]  # fmt: skip
     if others := len(examples) - len(known):
-        print(f"{others:,} of {len(examples):,} questions have no answer in the list of "
+        print(f"note: {others:,} of {len(examples):,} questions without an answer in the list of "
               f"{len(answers):,} ({what})")  # fmt: skip
-    if not known:
-        raise data.DataError(f"{where(s)}: none of its answers is in the list of {len(answers):,}")
     return known
 
 
@@ -584,9 +585,10 @@ def report(s, results, chance, seconds, ending=""):
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
         by_clips = {f"{n} {way}": both[way] for n, both in by_clips.items() for way in both}
     names = list(next(iter(by_clips.values())))
-    print(f"{'N_test':18}" + "".join(f"{name:>{len(name) + 4}}" for name in names))
+    wide = {name: max(len(name), 6) + 2 for name in names}  # 6: 100.00
+    print(f"{'N_test':18}" + "".join(f"{name:>{wide[name]}}" for name in names))
     for n, row in (by_clips | {"chance": chance}).items():
-        print(f"{n:18}" + "".join(f"{row[name]:{len(name) + 4}.2f}" for name in names))
+        print(f"{n:18}" + "".join(f"{row[name]:{wide[name]}.2f}" for name in names))
     print(f"written to {path}")
     clipbert.list_unreadable(errors, "counted as wrong")
 
@@ -595,7 +597,8 @@ def print_next_steps(s):
     """What a newcomer to the toy data may want to do next."""
     if s.data is None:
         command = f"python finetune.py --task {s.task}"
-        print(f"\nNext: {command} --eval {Path(s.out) / 'best.pt'} --predict VIDEO --question ...")
+        options = " --options A B ..." if TASKS[s.task].kind == "choice" else ""
+        print(f"\nNext: {command} --eval {Path(s.out) / 'best.pt'} --predict VIDEO --question TEXT{options}")
         if not s.blind:
             print(f"      {command} --blind                   what the text alone gives away")
         print(f"      {command} --data DIR --model base   the paper's model on real data")
@@ -617,6 +620,8 @@ def run_evaluation(given):
     s, model, collate, extras = load_for_use(given)
     test = load_examples(s, s.split)
     data.check_cached(test, s)
+    if extras["answers"]:
+        only_known_answers(test, set(extras["answers"]), "counted as wrong")
     began = time.time()
     results = evaluate(s, model, collate, test, s.test_clips)
     chance, ending = chance_level(s, extras["guess"], test), clipbert.result_suffix(s, s.task, s.split)
@@ -628,20 +633,21 @@ def run_prediction(given):
     s, model, collate, _ = load_for_use(given)
     kind, n = TASKS[s.task].kind, max(s.test_clips)
     if kind == "choice" and len(s.options) < 2 or kind in ("answer", "soft", "count") and s.options:
-        raise ValueError(f"--task {s.task}: multiple choice, and only that, takes --options A B ...")
+        raise ValueError(f"--task {s.task}: multiple choice, and only that, takes two --options or more")
     # Of a retrieval model all are captions, and nothing is asked.
     text, options = ("", (s.question, *s.options)) if kind == "match" else (s.question, s.options)
     example = data.Example("0", Path(s.predict).name, text, options, path=s.predict)
     seen, known = look(s, model, collate, example, n), collate.tokenizer.get_vocab()
     unknown = [word for text in (s.question, *s.options) for word in data.words_of(text) if word not in known]
     if s.model == "tiny" and unknown:
-        print(f"note: a toy model, which has never read {', '.join(unknown)}: it can only guess")
+        print(f"note: a tiny model, which has never read {', '.join(unknown)}: it can only guess")
     asked = "how likely each caption is this video's, for itself" if kind == "match" else text
     print(f"{example.video}, {n} clips of {s.frames} frames: {asked}")
     for name, score in zip(seen.names, seen.scores[-1].tolist(), strict=True):
         print(f"  {score:.2f}" if kind == "count" else f"  {score:6.1%}  {name}")
     if s.sheet:
         prediction_sheet(s, seen).save(s.sheet)
+        print(f"written to {s.sheet}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

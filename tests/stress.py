@@ -418,7 +418,7 @@ def kill(runs):
 
 
 TROUBLES = {  # and what the run says of it
-    "a full disk": "last.pt: not written (File too large): make room, then --resume",
+    "a full disk": "last.pt: not written (File too large): see to that, then --resume",
     "a lost folder": "last.pt: not written",
     "vanished data": "error: 20 unreadable videos in a row",
     "a killed worker": "worker was killed",

@@ -114,7 +114,7 @@ def test_msrvtt_1ka_test_has_one_caption_per_video(tmp_path):
     rows = ["key,vid_key,video_id,sentence", "ret0,msr1,video1,a dog", "ret1,msr2,video2,a cat", "ret2,msr1,video1,it"]
     write(tmp_path, "MSRVTT_JSFUSION_test.csv", "\n".join(rows))
     assert error(reader("msrvtt_retrieval"), tmp_path, "test").endswith(
-        "_test.csv:4: a second caption of 'video1'; in testing it has one")
+        "_test.csv:4: a second caption of 'video1'; in testing it has one: remove the others")
 
 
 def vqa(folder, said, name="train2014"):

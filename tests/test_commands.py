@@ -97,7 +97,7 @@ WRONG = [  # command, words of its one line
     (EVAL + " --sheet a.png", "--sheet needs --predict"),
     (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet a.nonsense", "nonsense"),
     (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet none/a.png", "none/a.png"),
-    (EVAL + " --predict x.gif --question q", "--task tgif_qa_action: multiple choice takes --options"),
+    (EVAL + " --predict x.gif --question q", "--task tgif_qa_action: multiple choice takes two --options"),
     (EVAL + " --predict {tmp}/x.gif --question q --options a b", "x.gif: no such file; check the path"),
     (EVAL + " --predict {tmp}/bad.gif --question q --options a b", "bad.gif: replace or remove it"),
     ("finetune --data {toy} --bert {toy}", "--bert is for --model base; add that, or leave"),

@@ -273,7 +273,7 @@ def test_resume_accepts_the_same_values_and_what_may_be_anew(toy, whole, tmp_pat
 def test_resume_refuses_in_one_line_what_differs_and_may_not(toy, whole, tmp_path, capsys, flags):
     before = (whole / "log.jsonl").read_text()
     line = failing(capsys, toy, whole, "--resume", *flags.split())
-    assert f"last.pt: was begun with {flags.split()[0]} " in line and "leave that out, or start anew" in line
+    assert f"last.pt: was begun with {flags.split()[0]} " in line and "leave that out, give another --out" in line
     assert (whole / "log.jsonl").read_text() == before
 
 
@@ -293,8 +293,9 @@ def test_nothing_is_overwritten_by_a_second_run(script, toy, photos, tmp_path, c
     before = {path: path.read_bytes() for path in runs[0].iterdir()}
     assert f"{runs[0]}: holds a run" in failing(capsys, folder, runs[0], "--max_steps", 1, script=script)
     assert before == {path: path.read_bytes() for path in runs[0].iterdir()}
-    here(folder, None, "--max_steps", 2, "--resume", script=script)  # the newest run
-    assert [max(logged(run)) for run in runs] == [1, 1, 1, 2]
+    here(folder, None, "--max_steps", 2, "--resume", script=script)  # the newest run that is not blind
+    here(folder, None, "--max_steps", 3, "--resume", "--blind", script=script)
+    assert [max(logged(run)) for run in runs] == [1, 2, 1, 3]
 
 
 def test_overwritten_is_a_run_with_its_checkpoints(toy, whole, tmp_path):

@@ -145,6 +145,6 @@ def test_negatives_are_never_a_caption_of_the_same_video():
 
 def test_answers_outside_the_training_list_are_wrong_and_counted(capsys):
     examples = [data.Example(str(i), "v", "q", answer=answer) for i, answer in enumerate(["cat", "dog", "cow"])]
-    known = finetune.only_known_answers(settings(), examples, {"cat", "dog"}, "test")
+    known = finetune.only_known_answers(examples, {"cat", "dog"}, "test")
     assert [e.answer for e in known] == ["cat", "dog"]
-    assert "1 of 3 questions have no answer in the list of 2" in capsys.readouterr().out
+    assert "1 of 3 questions without an answer in the list of 2" in capsys.readouterr().out
