@@ -371,7 +371,7 @@ def disk():
                 code = finish(process)
             lines, left = errors(out), list(out.glob("*.tmp"))
             said += [line.replace(str(work), "...") for line in lines]
-            again = resume(folder, out, *more)
+            again = finish(start(folder, out, *more, "--resume"))  # from the checkpoint before, which must be whole
             if (code, again, left, len(lines)) != (2, 0, [], 1) or words not in lines[0] or not same_end(out, whole):
                 failures.append(f"{kind}: exit code {code}, resumed {again}: {errors(out)}")
     return "\n  ".join(["every run said one line and was resumed to the same end", *said]), failures

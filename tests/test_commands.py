@@ -1,7 +1,7 @@
 """Wrong command lines: exit code 2 and exactly one line, which names the thing and the remedy.
 
-Each row of WRONG is a command as it would be typed. {toy} and {captions} stand for folders of toy data, {run} and {pre}
-for short runs on them, {tmp} for an empty folder beside a few bad files.
+Each row of WRONG is a command as it would be typed. {toy} and {captions} stand for folders of toy data, {gif} for one of
+its videos, {run} and {pre} for short runs on them, {tmp} for an empty folder beside a few bad files.
 """
 
 import pickle
@@ -45,6 +45,7 @@ def places(tmp_path_factory, toy_tgif_qa, toy_coco):
     torch.save({"config": {"n_layer": 12}, "model": {}}, tmp / "gpt.pt")
     torch.save({"conv.weight": torch.zeros(1)}, tmp / "other.pt")
     places = {"tmp": tmp, "toy": toy_tgif_qa, "captions": toy_coco, "run": tmp / "run", "pre": tmp / "pre"}
+    places["gif"] = toy_tgif_qa / "gifs" / "toy_test_0000.gif"
     command("finetune --data {toy} --out {run} --batch_size 2 --max_steps 1 --test_clips 1".format(**places))
     command("pretrain --data {captions} --out {pre} --batch_size 2 --max_steps 1".format(**places))
     return places
@@ -74,6 +75,7 @@ WRONG = [  # command, words of its one line
     ("finetune --data {tmp}/text.pt", "--data text.pt: not a folder; give the folder that holds it"),
     ("finetune --data {tmp}/empty", "empty: no annotation file; looked for Train_action_question*.csv"),
     ("pretrain --data {toy}/gifs", "gifs: no annotation file; looked for *caption[s_]*.json"),
+    ("pretrain --data {captions} --limit 1", "1 validation images are too few: put more captioned images there"),
     ("pretrain --data {captions} {tmp}/nowhere", "--data nowhere: no such folder; give"),
     ("finetune --data {toy} --out {run}", "run: holds a run; choose another --out, go on with --resume --overwrite"),
     ("finetune --data {toy} --out {tmp}/text.pt/run", "text.pt/run Not a directory another --out"),
@@ -91,12 +93,11 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --eval {pre}/best.pt", "best.pt: not a checkpoint that this script has trained --init"),
     ("pretrain --data {captions} --eval {run}/best.pt", "best.pt: not a checkpoint that this script has trained --init"),
     (EVAL + " --task tgif_qa_frameqa", "best.pt: a checkpoint of --task tgif_qa_action, not tgif_qa_frameqa"),
-    (EVAL + " --predict {toy}/gifs/toy_test_0000.gif", "--predict needs --question"),
+    (EVAL + " --predict {gif}", "--predict needs --question"),
     (EVAL + " --question 'what ?'", "--question needs --predict"),
     ("finetune --split val", "--split needs --eval"),
     (EVAL + " --sheet a.png", "--sheet needs --predict"),
-    (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet a.nonsense", "nonsense"),
-    (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet none/a.png", "none/a.png"),
+    (EVAL + " --predict {gif} --question q --options a b --sheet none/a.png", "none/a.png"),
     (EVAL + " --predict x.gif --question q", "--task tgif_qa_action: multiple choice takes --options"),
     (EVAL + " --predict {tmp}/x.gif --question q --options a b", "x.gif: no such file; check the path"),
     (EVAL + " --predict {tmp}/bad.gif --question q --options a b", "bad.gif: replace or remove it"),
@@ -109,6 +110,11 @@ WRONG = [  # command, words of its one line
     ("data check --data {toy} --text_length 2", "--text_length: '2' is not a whole number from 3"),
     ("data check --data {toy} --dat {toy}", "unrecognized arguments: --dat did you mean --data?"),
     ("data cache --data {tmp}/empty", "empty: no videos in it"),
+    ("data show {tmp}/x.gif", "x.gif: no such file"),
+    ("data show {gif} --clips 0", "--clips: '0' is not a whole number from 1 to 64"),
+    ("data show {gif} --clip 2", "unrecognized arguments: --clip did you mean --clips?"),
+    ("data show {gif} --out sheet.nonsense", "nonsense"),
+    ("data show {gif} --out none/a.png", "none/a.png"),
     ("data toy {tmp}/text.pt", "text.pt/tgif_qa: Not a directory choose another directory"),
 ]  # fmt: skip
 if not torch.cuda.is_available():

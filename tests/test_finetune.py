@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SHARED, failing, lines, metrics, run, settings, weights
+from runs import logged
 
 import clipbert
 import data
@@ -24,10 +25,6 @@ def short(toy, out, *more, task="tgif_qa"):
     run(finetune, "--task", task, "--data", toy, "--out", out, "--batch_size", 4, "--max_steps", 4,
         "--test_clips", 1, 2, "--workers", 0, *more)  # fmt: skip
     return metrics(out)
-
-
-def steps(out):
-    return [row["step"] for row in lines(out / "log.jsonl")]
 
 
 def test_order_and_clips_and_captions_are_random_independently():
@@ -64,7 +61,7 @@ def test_accumulation_and_workers_change_nothing_and_the_seed_everything(toy_tgi
     assert short(toy_tgif_qa, tmp_path / "one", "--batch_size", 6, *options)["examples"] == 5
     short(toy_tgif_qa, tmp_path / "two", "--batch_size", 3, "--grad_accum", 2, "--workers", 1, *options)
     short(toy_tgif_qa, tmp_path / "other", "--batch_size", 6, "--seed", 1, *options)
-    assert steps(tmp_path / "one") == steps(tmp_path / "two") == [1, 2, 3, 4]
+    assert logged(tmp_path / "one") == logged(tmp_path / "two") == [1, 2, 3, 4]
     one, two, other = (weights(tmp_path / name) for name in ("one", "two", "other"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
@@ -77,7 +74,7 @@ def test_task_trains_evaluates_and_leaves_its_files(kind, toy_tgif_qa, tmp_path)
     said = short(toy_tgif_qa, out, task=task)
     name = "mse" if kind == "count" else "accuracy"
     assert said["examples"] == 6 and list(said["by_clips"]) == ["1", "2"] and name in said["by_clips"]["2"]
-    assert steps(out) == [1, 2, 3, 4] and len(lines(out / "predictions.jsonl")) == 6
+    assert logged(out) == [1, 2, 3, 4] and len(lines(out / "predictions.jsonl")) == 6
     assert json.loads((out / "config.json").read_text())["batch_size"] == 4 and (out / "sheet.png").exists()
     only_test = shutil.ignore_patterns("toy_train_*", "Train_*")  # all that evaluation needs, the chance level included
     shutil.copytree(toy_tgif_qa, tmp_path / "toy", ignore=only_test)

@@ -1,5 +1,5 @@
 """Tests of pretraining: its data and its script. One property at a time: `pytest tests/test_pretrain.py -k epoch`, or
-one of: masks, evaluation, folders, fixed, checkpoint, overfit, error, real. Its losses against
+one of: masks, evaluation, folders, fixed, checkpoint, overfit, real. Its losses against
 the reference's numbers stand in test_clipbert.py; masks and mismatches are exercises, see test_exercises.py.
 """
 
@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SHARED, failing, learn_by_heart, lines, metrics, run, settings
+from conftest import SHARED, learn_by_heart, lines, metrics, run, settings
 
 import clipbert
 import data
@@ -34,9 +34,6 @@ def own(folder, toy_coco, rows):
     lines = [json.dumps({"path": photo(number), "caption": caption}) + "\n" for number, caption in rows]
     (folder / "captions.jsonl").write_text("".join(lines))
     return folder
-
-
-# ---------------------------------------------------------------- which captions, which masks
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -65,9 +62,6 @@ def test_masks_do_not_depend_on_the_other_texts_of_the_batch():
     for name, padding in (("input_ids", tokenizer.pad_token_id), ("attention_mask", 0), ("mlm_labels", -100)):
         assert both[name][0].tolist() == one[name][0].tolist() + [padding] * 3
     assert (one["mlm_labels"] != -100).any()
-
-
-# ---------------------------------------------------------------- when and on what is evaluated
 
 
 def test_evaluation_comes_at_the_ends_of_epochs_or_when_it_is_asked_for(toy_coco, tmp_path, monkeypatch, capsys):
@@ -106,9 +100,6 @@ def test_fixed_masks_make_two_evaluations_agree(toy_coco, tmp_path):
     assert said["matched"] == said["captions"] / 2
 
 
-# ---------------------------------------------------------------- the script
-
-
 def test_folders_are_one_data_set(toy_coco, tmp_path):
     folders = [toy_coco, own(tmp_path / "own", toy_coco, [(i, f"a {i}") for i in range(1, 21)])]
     said = short(folders, tmp_path / "out", "--max_steps", 2, "--grad_accum", 2, "--mlm_over", "masked")
@@ -136,11 +127,6 @@ def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped
     for shift in (0, 1):
         right = model(frames.roll(shift, 0), *text)[1].argmax(1)
         assert torch.equal(right, labels.view(4, 4).roll(shift, 0).flatten())
-
-
-def test_error_of_too_few_images_is_one_line(toy_coco, tmp_path, capsys):
-    one = own(tmp_path / "one", toy_coco, [(1, "a")])
-    assert "too few" in failing(capsys, pretrain, "--data", one, "--out", tmp_path / "out")
 
 
 FOLDER = SHARED / "real" / "msrvtt"

@@ -4,7 +4,6 @@
 Runs that are killed, and that lose their disk, their data or a worker: tests/stress.py, in small in test_stress.py.
 """
 
-import errno
 import json
 import os
 import resource
@@ -12,6 +11,7 @@ import shutil
 import signal
 import socket
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -51,9 +51,6 @@ def failing(capsys, folder, out, *more, script=finetune):
     return conftest.failing(capsys, script, *small(script, folder, out, *more))
 
 
-# ---------------------------------------------------------------- signals
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "ctrl-c"])
 def test_signal_finishes_the_step_saves_and_says_how_to_go_on(toy, whole, tmp_path, number):
     """Though no checkpoint is due; with a worker, which the signal reaches, too."""
@@ -83,9 +80,6 @@ def test_signal_that_comes_twice_stops_at_once_and_handlers_are_given_back(toy, 
     assert not (tmp_path / "last.pt").exists() and signal.getsignal(signal.SIGINT) == before
 
 
-# ---------------------------------------------------------------- checkpoints and logs on a disk
-
-
 @pytest.mark.parametrize("damage", ["truncated", "empty", "gone"])
 def test_truncated_last_checkpoint_falls_back_on_the_one_before(toy, whole, tmp_path, capsys, damage):
     """With it go the lines of the log that came later, the last of which a full disk has cut in half."""
@@ -102,34 +96,12 @@ def test_truncated_last_checkpoint_falls_back_on_the_one_before(toy, whole, tmp_
     assert same_end(tmp_path, whole)
 
 
-def test_disk_full_is_one_line_and_leaves_the_old_checkpoint(toy, tmp_path, capsys, monkeypatch):
-    saved = []
-
-    def full(number):
-        if (size := os.fstat(number).st_size) > 10_000:  # a checkpoint
-            saved.append(size)
-        if len(saved) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    line = failing(capsys, toy, tmp_path, *STEPS)
-    assert "last.pt: not written (No space left on device)" in line and "--resume" in line
-    assert clipbert.load_checkpoint(tmp_path / "last.pt")["step"] == 2
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_log_on_a_full_disk_is_one_line(toy, tmp_path, capsys):
+def test_log_on_a_full_disk_is_one_line(toy, tmp_path):
     """Emulated: no file may grow beyond 2,500 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, hard))
-    try:
-        line = failing(capsys, toy, tmp_path, "--max_steps", 40)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2500, 2500))
+    assert finish(start(toy, tmp_path / "run", "--max_steps", 40, before=full)) == 2
+    (line,) = errors(tmp_path / "run")
     assert "log.jsonl: not written (File too large)" in line and "--resume" in line
-
-
-# ---------------------------------------------------------------- a loss that is not a number
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
@@ -237,9 +209,6 @@ def test_workers_that_die_as_a_checkpoint_ends_are_one_line(toy, tmp_path):
     assert "worker was killed" in errors(tmp_path / "run")[-1]
 
 
-# ---------------------------------------------------------------- a resumed run is its checkpoint's
-
-
 @pytest.mark.parametrize("script, own", [
     (finetune, ["--task", "tgif_qa_count", "--limit", 9, "--blind", "--seed", 3, "--lr", 1e-4, "--agg", "max"]),
     # two of four places of the grid, by torch's random state; the first evaluation stays the best at such a rate
@@ -275,9 +244,6 @@ def test_resume_refuses_in_one_line_what_differs_and_may_not(toy, whole, tmp_pat
     line = failing(capsys, toy, whole, "--resume", *flags.split())
     assert f"last.pt: was begun with {flags.split()[0]} " in line and "leave that out, or start anew" in line
     assert (whole / "log.jsonl").read_text() == before
-
-
-# ---------------------------------------------------------------- nothing is overwritten
 
 
 @both
@@ -328,9 +294,6 @@ def test_blind_is_remembered_and_said_by_a_prediction(toy, tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "%" in line or "blind" in line]
     assert sum("trained blind" in line for line in said) == 2
     assert said[-3:] == said[-6:-3]  # another video changes nothing
-
-
-# ---------------------------------------------------------------- several processes, as torchrun starts them; on a CPU
 
 
 def rank(number, port):
