@@ -229,7 +229,7 @@ CODECS = ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "ut
 def damage_annotation(name, content, rng):
     """Mostly its structure; sometimes single bytes; now and then it is saved in another encoding."""
     how = rng.choices(["structure", "bytes", "encoding"], [6, 3, 1])[0]
-    if how == "structure" and name.endswith(".csv"):
+    if how == "structure" and name.endswith(("csv", "tsv")):
         return damage_table(content, rng)
     if how == "structure":
         rows = content.splitlines()  # a .json is a single line

@@ -2,7 +2,6 @@
 import functools
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from conftest import SHARED
@@ -106,6 +105,11 @@ FILES = [  # task, split, {file: what it says} (the first with a BOM, mixed line
      [E("region_descriptions/5", "4.jpg", "sky"), E("region_descriptions/6", "3.jpg", "tree")]),
     ("pretrain", "train", {"coco_train.jsonl": [{"caption": "x", "coco_id": 7}, {"caption": ["y", "z"], "vg_id": 7}]},
      [E("coco_train/1", "000000000007", "x"), E("coco_train/2", "7.jpg", "y"), E("coco_train/2", "7.jpg", "z")]),
+    ("msrvtt_retrieval", "train", {"train.csv": "path,caption\nc/a.mp4,a cat\nb.mp4,a dog\nc/a.mp4,a cat\n"},
+     [E("2", "c/a.mp4", "a cat"), E("3", "b.mp4", "a dog"), E("4", "c/a.mp4", "a cat")]),
+    ("didemo_retrieval", "test", {"test.tsv": "path\tcaption\na.mp4\ta cat\n"}, [E("a.mp4", "a.mp4", "a cat")]),
+    ("msrvtt_qa", "val", {"val.csv": "path,question,answer\n12,What is it ?,a cat\n"},
+     [E("2", "12", "What is it ?", (), "a cat", "what")]),
     ("pretrain", "train", {"mine.csv": 'path,caption\nclips/a.mp4,"a, b"\n12,c\n'},
      [E("mine/2", "clips/a.mp4", "a, b"), E("mine/3", "12", "c")]),
 ]  # fmt: skip
@@ -308,26 +312,7 @@ def test_media_names_never_leave_the_folder(tmp_path, name):
     assert data.find_media(tmp_path / "data", "inside")
 
 
-# ---------------------------------------------------------------- one's own data, several folders, paths
-@pytest.mark.parametrize("suffix, separator", [("csv", ","), ("tsv", "\t"), ("jsonl", None)])
-def test_ones_own_captions_and_questions(tmp_path, suffix, separator):
-    def own(name, rows):
-        table = separator and "\n".join(map(separator.join, [rows[0], *(row.values() for row in rows)]))
-        save(tmp_path, f"{name}.{suffix}", table or rows)
-
-    save(tmp_path, "clips/a.mp4", "")
-    rows = [{"path": "clips/a.mp4", "caption": "a cat"}, {"path": "clips/b.mp4", "caption": "a dog"}]
-    own("train", [*rows, rows[0]])
-    own("test", rows)
-    for task in ("msrvtt_retrieval", "didemo_retrieval", "activitynet_retrieval"):
-        examples = data.read_examples(task, tmp_path, "test")
-        assert [(e.text, e.path) for e in examples] == [("a cat", str(tmp_path / "clips/a.mp4")), ("a dog", None)]
-    assert [e.text for e in data.read_examples("msrvtt_retrieval", tmp_path, "train")] == ["a cat", "a dog", "a cat"]
-    own("val", [{"path": "12", "question": "What is it ?", "answer": "a cat"}])
-    example, = data.LAYOUTS["qa"].read(tmp_path, split="val")
-    assert (example.video, example.text, example.answer, example.kind) == ("12", "What is it ?", "a cat", "what")
-
-
+# ---------------------------------------------------------------- several folders
 def test_annotations_one_folder_deeper_and_several_folders(tmp_path):
     save(tmp_path, "one/dataset/Train_action_question.csv", f"{ACTION}\n{WAVES}\n")
     save(tmp_path, "one/gifs/g1.gif", "")
@@ -374,13 +359,3 @@ def test_samples_parse_to_exactly_their_examples(tmp_path, file, task, split, co
         public = name.replace("official_toplevel", "v2_train2014")
         shutil.copyfile(path.with_name(name), tmp_path / public)  # alone: nothing else in the folder can stand in
     assert len(data.read_examples(task, tmp_path, split)) == count
-
-
-@pytest.mark.skipif(not (SHARED / "real").is_dir(), reason=f"no small real data sets at {SHARED / 'real'}")
-@pytest.mark.parametrize("folder, asked, count", [
-    ("coco_captions", [("pretrain", "train")], 600),
-    ("msrvtt", [("msrvtt_retrieval", "train"), ("msrvtt_retrieval", "test")], 40),
-    ("tgif_qa", [(f"tgif_qa_{kind}", "train") for kind in ("action", "transition", "frameqa", "count")], 4)])
-def test_real_sets_read_and_all_their_media_is_found(folder, asked, count):
-    examples = [e for task, split in asked for e in data.read_examples(task, SHARED / "real" / folder, split)]
-    assert len(examples) == count and all(Path(e.path).is_file() for e in examples)

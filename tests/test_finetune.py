@@ -1,7 +1,4 @@
-"""Tests of the fine-tuning script on a handful of toy videos. One property at a time: `pytest tests/test_finetune.py -k
-order`, or one of: blind, accumulation, task, init, unreadable, missing, predict, judge, real. How runs stop and go on:
-test_reliability.py; wrong commands: test_commands.py.
-"""
+"""Tests of the fine-tuning script on a handful of toy videos. How runs stop and go on: test_reliability.py."""
 
 import itertools
 import json

@@ -1,7 +1,4 @@
-"""Tests of pretraining: its data and its script. One property at a time: `pytest tests/test_pretrain.py -k epoch`, or
-one of: masks, evaluation, folders, fixed, checkpoint, overfit, real. Its losses against
-the reference's numbers stand in test_clipbert.py; masks and mismatches are exercises, see test_exercises.py.
-"""
+"""Tests of pretraining: its data and its script. Its losses, masks and mismatches are exercises: test_exercises.py."""
 
 import json
 import math
@@ -100,12 +97,6 @@ def test_fixed_masks_make_two_evaluations_agree(toy_coco, tmp_path):
     assert said["matched"] == said["captions"] / 2
 
 
-def test_folders_are_one_data_set(toy_coco, tmp_path):
-    folders = [toy_coco, own(tmp_path / "own", toy_coco, [(i, f"a {i}") for i in range(1, 21)])]
-    said = short(folders, tmp_path / "out", "--max_steps", 2, "--grad_accum", 2, "--mlm_over", "masked")
-    assert said["examples"] == 6 + 2
-
-
 def test_checkpoint_starts_a_finetuning(toy_coco, tmp_path):
     short(toy_coco, tmp_path)
     state = clipbert.load_checkpoint(tmp_path / "last.pt")
@@ -129,11 +120,9 @@ def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped
         assert torch.equal(right, labels.view(4, 4).roll(shift, 0).flatten())
 
 
-FOLDER = SHARED / "real" / "msrvtt"
-
-
-@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the real videos are not here: {FOLDER}")
-def test_real_captioned_videos_go_through_the_same_loop(tmp_path):
-    """MSRVTT's layout, two frames of each video; it has no validation part, so some videos are held out."""
-    said = short(FOLDER, tmp_path, "--frames", 2, "--fps", 2, "--max_steps", 2)
-    assert said["examples"] == 3 and said["unreadable"] == 0
+@pytest.mark.skipif(not (SHARED / "real").is_dir(), reason=f"the real videos and photos are not here: {SHARED}")
+@pytest.mark.parametrize("name, images", [("msrvtt", 3), ("coco_captions", 12)])
+def test_real_captioned_videos_and_photos_go_through_the_same_loop(name, images, tmp_path):
+    """Two frames of each video. Neither has a validation part, so some are held out."""
+    said = short(SHARED / "real" / name, tmp_path, "--frames", 2, "--fps", 2, "--max_steps", 2)
+    assert said["examples"] == images and said["unreadable"] == 0

@@ -1,6 +1,5 @@
 """Tests of retrieval, multiple choice by a retrieval model, and open questions: scores against the reference's numbers,
-and the cheap order of evaluation. `pytest tests/test_retrieval.py -k golden`, or one of: evaluation, precision, choice,
-negatives, answers. The metrics are an exercise, see test_exercises.py."""
+and the cheap order of evaluation. The metrics are an exercise, see test_exercises.py."""
 
 import json
 import shutil

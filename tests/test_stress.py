@@ -2,11 +2,10 @@
 
 import random
 
-import imageio_ffmpeg
 import pytest
 import stress
 from conftest import SHARED
-from PIL import Image
+from test_media import make_gif, make_video
 
 import data
 
@@ -48,13 +47,8 @@ def test_the_judge_notices_a_reader_that(wrong, tmp_path):
 
 
 def test_damaged_media_give_frames_or_one_clear_error(tmp_path):
-    frames = [Image.new("RGB", (32, 32), (9 * i, 0, 0)) for i in range(8)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
-    writer = imageio_ffmpeg.write_frames(str(tmp_path / "b.mp4"), (32, 32))
-    writer.send(None)
-    for frame in frames:
-        writer.send(frame.tobytes())
-    writer.close()
+    make_gif(tmp_path / "a.gif")
+    make_video(tmp_path / "b.mp4", 8)
     figures, failures = stress.media(tmp_path, 20)
     assert not failures and "20 damaged files" in figures
 
