@@ -125,22 +125,17 @@ def test_every_file_is_read_as_it_stands(tmp_path, layout):
     assert data.read_examples(task, tmp_path, split) == examples
 
 
-def msrvtt_json(videos, split, first=0):
-    return {"videos": [{"video_id": video, "split": split} for video in videos],
-            "sentences": [{"sen_id": first + i, "video_id": video, "caption": f"{video} moves"}
-                          for i, video in enumerate(videos * 2)]}
-
-
 def test_msrvtt_retrieval_reads_the_listed_videos_from_both_json_files(tmp_path, capsys):
-    save(tmp_path, "train_val_videodatainfo.json", msrvtt_json(["video0", "video1"], "train"))
-    save(tmp_path, "test_videodatainfo.json", msrvtt_json(["video7", "video8"], "test", first=10))
-    save(tmp_path, "MSRVTT_train.9k.csv", "video_id\r\nvideo0\r\nvideo7\r\nvideo9\r\n")
-    save(tmp_path, "MSRVTT_train.7k.csv", "video_id\nvideo0\nvideo1\n")
-    assert [e.video for e in reader("msrvtt_retrieval")(tmp_path, "train")] == ["video0"] * 2 + ["video7"] * 2
+    other = {name: [row | {"video_id": "v7", "split": "test"} for row in rows[:2]] for name, rows in MSRVTT.items()}
+    save(tmp_path, "train_val_videodatainfo.json", MSRVTT)
+    save(tmp_path, "test_videodatainfo.json", other | {"videos": other["videos"][:1]})
+    save(tmp_path, "MSRVTT_train.9k.csv", "video_id\r\nv0\r\nv7\r\nv9\r\n")
+    save(tmp_path, "MSRVTT_train.7k.csv", "video_id\nv2\n")
+    assert [e.video for e in reader("msrvtt_retrieval")(tmp_path, "train")] == ["v0"] * 2 + ["v7"] * 2
     assert "1 of its 3 videos have no caption" in capsys.readouterr().err
     (tmp_path / "MSRVTT_train.9k.csv").unlink()  # without it, the other public list
-    assert len(reader("msrvtt_retrieval")(tmp_path, "train")) == 4
-    assert [len(reader("pretrain")(tmp_path, split)) for split in ("train", "test")] == [4, 4]
+    assert [e.video for e in reader("msrvtt_retrieval")(tmp_path, "train")] == ["v2"]
+    assert [len(reader("pretrain")(tmp_path, split)) for split in ("train", "test")] == [3, 2]
 
 
 def test_msrvtt_1ka_test_has_one_caption_per_video(tmp_path):

@@ -52,7 +52,6 @@ def places(tmp_path_factory, toy_tgif_qa, toy_coco):
 EVAL = "finetune --data {toy} --eval {run}/best.pt"
 WRONG = [  # command, words of its one line
     ("finetune --task tgif_qa_acton", "invalid choice: 'tgif_qa_acton' did you mean tgif_qa_action?"),
-    ("pretrain --model large", "invalid choice: 'large' tiny base"),
     ("finetune --learning_rate 1", "unrecognized arguments: --learning_rate --help"),
     ("finetune --batchsize 1", "unrecognized arguments: --batchsize did you mean --batch_size?"),
     ("pretrain --task tgif_qa", "--task: invalid choice: 'tgif_qa' pretrain"),
@@ -62,10 +61,7 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --frames 1000000", "--frames: '1000000' is not a whole number from 1 to 256"),
     ("finetune --data {toy} --test_clips 0", "--test_clips: '0' is not a whole number from 1"),
     ("finetune --lr nan", "--lr: 'nan' is not a number from 0"),
-    ("finetune --lr=-1e-4", "--lr: '-1e-4' is not a number from 0"),
-    ("finetune --clip_grad 0", "--clip_grad: '0' is not a number from 1e-06"),
     ("pretrain --mask_rate 1.5", "--mask_rate: '1.5' is not a number from 0.001 to 1"),
-    ("finetune --text_length 513", "--text_length: '513' is not a whole number from 3 to 512"),
     ("finetune --data {tmp}/nowhere", "--data nowhere: no such folder; give the one that holds the data set"),
     ("finetune --data {tmp}/text.pt", "--data text.pt: not a folder; give the folder that holds it"),
     ("finetune --data {tmp}/empty", "empty: no annotation file; looked for Train_action_question*.csv"),
@@ -85,7 +81,6 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --init {run}/best.pt --model base", "best.pt: a checkpoint of tiny; leave out --model"),
     ("finetune --data {toy} --init {run}/best.pt --resume", "--init, --resume and --eval exclude each other choose"),
     ("finetune --data {toy} --eval {pre}/best.pt", "best.pt: not a checkpoint that this script has trained --init"),
-    ("pretrain --data {captions} --eval {run}/best.pt", "best.pt: not a checkpoint that this script has trained --init"),
     (EVAL + " --task tgif_qa_frameqa", "best.pt: a checkpoint of --task tgif_qa_action, not tgif_qa_frameqa"),
     (EVAL + " --predict {gif}", "--predict needs --question"),
     (EVAL + " --question 'what ?'", "--question needs --predict"),

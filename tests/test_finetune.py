@@ -120,16 +120,10 @@ def test_init_reports_what_fits_and_carries_the_vocabulary(toy_tgif_qa, tmp_path
     assert a["vocabulary"] == b["vocabulary"]
 
 
-@pytest.fixture
-def broken(toy_tgif_qa, tmp_path):
-    """The toy data with one broken training GIF and one broken test GIF."""
-    shutil.copytree(toy_tgif_qa, tmp_path / "broken")
+def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(toy_tgif_qa, tmp_path, capsys):
+    broken = shutil.copytree(toy_tgif_qa, tmp_path / "broken")
     for name in ("toy_train_0002", "toy_test_0001"):
-        (tmp_path / "broken" / "gifs" / f"{name}.gif").write_bytes(b"GIF89a")
-    return tmp_path / "broken"
-
-
-def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(broken, tmp_path, capsys):
+        (broken / "gifs" / f"{name}.gif").write_bytes(b"GIF89a")
     said = short(broken, tmp_path / "out")
     messages = capsys.readouterr().err
     assert "replaced by other examples in training: 1" in messages and "toy_train_0002.gif" in messages

@@ -19,7 +19,6 @@ import data as media
 
 VIDEOS, GOLDEN = SHARED / "videos", SHARED / "golden"
 needs_videos = pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"the odd real files are not here: {VIDEOS}")
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the reference's numbers are not here: {GOLDEN}")
 
 
 # ---------------------------------------------------------------- resizing
@@ -38,7 +37,7 @@ def test_resize_and_pad_by_hand():
     assert media.resized_shape(5000, 1, 16) == (16, 1)  # but not to nothing
 
 
-@needs_golden
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the reference's numbers are not here: {GOLDEN}")
 def test_resizing_equals_the_reference():
     for h, w, size, expected in json.loads((GOLDEN / "sampling.json").read_text())["get_resize_size"]:
         assert media.resized_shape(h, w, size) == tuple(expected)

@@ -1,6 +1,5 @@
 """Tests of pretraining: its data and its script. Its losses, masks and mismatches are exercises: test_exercises.py."""
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -8,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import SHARED, learn_by_heart, lines, metrics, run, settings
+from test_annotations import save
 
 import clipbert
 import data
@@ -19,18 +19,6 @@ def short(toy, out, *more):
     folders = toy if isinstance(toy, list) else [toy]
     run(pretrain, "--data", *folders, "--out", out, "--batch_size", 4, "--max_steps", 6, "--workers", 0, *more)
     return metrics(out)
-
-
-def photo(number):
-    return f"{number:012d}.png"
-
-
-def own(folder, toy_coco, rows):
-    """A folder of one's own, whose captions.jsonl says these captions of these of the toy photos: (number, caption)."""
-    shutil.copytree(toy_coco / "train2017", folder / "images")
-    lines = [json.dumps({"path": photo(number), "caption": caption}) + "\n" for number, caption in rows]
-    (folder / "captions.jsonl").write_text("".join(lines))
-    return folder
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -78,7 +66,9 @@ def test_evaluation_looks_at_2000_images_of_a_folder_at_most(toy_coco, tmp_path,
     s = settings(pretrain, data=[toy_coco], captions=2)
     train, val = pretrain.load_examples(s)
     assert len({example.video for example in val}) == 3 and len({example.video for example in train}) == 20
-    s.data.append(own(tmp_path / "own", toy_coco, [(i, f"{word} {i}") for i in range(1, 21) for word in "ab"]))
+    shutil.copytree(toy_coco / "train2017", tmp_path / "own" / "images")
+    rows = [{"path": f"{i:012d}.png", "caption": f"{word} {i}"} for i in range(1, 21) for word in "ab"]
+    s.data.append(save(tmp_path, "own/captions.jsonl", rows).parent)
     train, val = pretrain.load_examples(s)
     assert len({example.path for example in val}) == 3 + 2 and "2 images are held out" in capsys.readouterr().out
     parts = pretrain.load_examples(settings(pretrain, data=s.data[1:], captions=2))
@@ -109,7 +99,7 @@ def test_checkpoint_starts_a_finetuning(toy_coco, tmp_path):
 def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped(toy_coco):
     """Four photos, each with one caption of its own: ITM must become right, and must come from looking."""
     torch.manual_seed(0)
-    paths = [toy_coco / "train2017" / photo(i) for i in range(1, 5)]
+    paths = [toy_coco / "train2017" / f"{i:012d}.png" for i in range(1, 5)]
     frames = torch.stack([data.read_clips(path, 1, 1, 1.0, 64, False)[0] for path in paths])
     ids = torch.tensor([[2, word, 3] for word in (5, 6, 7, 8)] * 4)  # all four captions of every image
     labels = torch.eye(4, dtype=torch.long).flatten()

@@ -191,14 +191,11 @@ def test_workers_on_a_cpu_leave_one_core_to_the_model(monkeypatch, cores, worker
     assert s.workers == workers
 
 
-def dying(*_):
-    raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-
-
 def test_workers_that_die_as_a_checkpoint_ends_are_one_line(toy, tmp_path):
     """The news come as an exception out of nowhere. torch's writer, not ended, aborted the process when it found its
     file closed."""
     writer = torch.serialization._open_zipfile_writer_buffer
+    dying = Mock(side_effect=RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
     assert finish(start(toy, tmp_path / "run", *STEPS, before=lambda: setattr(writer, "__exit__", dying))) == 2
     assert "worker was killed" in errors(tmp_path / "run")[-1]
 
