@@ -55,7 +55,6 @@ WRONG = [  # command, words of its one line
     ("finetune --learning_rate 1", "unrecognized arguments: --learning_rate --help"),
     ("finetune --batchsize 1", "unrecognized arguments: --batchsize did you mean --batch_size?"),
     ("pretrain --task tgif_qa", "--task: invalid choice: 'tgif_qa' pretrain"),
-    ("finetune --size", "--size: expected one argument"),
     ("finetune --size 1.5", "'1.5' is not a whole number"),
     ("finetune --data {toy} --size 2000", "--size 2000 this model's grid takes 16 to 1600 pixels"),
     ("finetune --data {toy} --frames 1000000", "--frames: '1000000' is not a whole number from 1 to 256"),

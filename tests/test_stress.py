@@ -29,7 +29,6 @@ def test_every_layout_is_read_as_a_naive_reading_has_it(layout, tmp_path):
 WRONG_LABELS = {  # a reader that ...
     "shifts answers": lambda rows: [row._replace(answer=rows[i - 1].answer) for i, row in enumerate(rows)],
     "drops a row": lambda rows: rows[1:],
-    "repeats a row": lambda rows: [*rows, rows[0]],
     "swaps options": lambda rows: [row._replace(options=row.options[::-1]) for row in rows],
     "swaps videos": lambda rows: [row._replace(video=rows[0].video) for row in rows],
     "coerces": lambda rows: [row._replace(answer=float(row.answer)) for row in rows],
