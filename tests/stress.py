@@ -33,7 +33,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from runs import FORK, errors, finish, logged, resume, same_end, start, wait_for
+from runs import FORK, errors, finish, logged, resume, same_end, start, tensors, wait_for
 from test_annotations import LAYOUTS, save
 from tqdm import tqdm
 
@@ -371,7 +371,8 @@ def disk():
                 code = finish(process)
             lines, left = errors(out), list(out.glob("*.tmp"))
             said += [line.replace(str(work), "...") for line in lines]
-            again = finish(start(folder, out, *more, "--resume"))  # from the checkpoint before, which must be whole
+            tensors(out)  # raises if the checkpoint of before is not whole
+            again = finish(start(folder, out, *more, "--resume"))
             if (code, again, left, len(lines)) != (2, 0, [], 1) or words not in lines[0] or not same_end(out, whole):
                 failures.append(f"{kind}: exit code {code}, resumed {again}: {errors(out)}")
     return "\n  ".join(["every run said one line and was resumed to the same end", *said]), failures

@@ -92,7 +92,6 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --bert {toy}", "--bert is for --model base; add that, or leave"),
     ("data", "arguments are required: command"),
     ("data chek", "invalid choice: 'chek' did you mean check?"),
-    ("data check --task tgif", "invalid choice: 'tgif' tgif_qa_action"),
     ("data cache --data {tmp}/empty", "empty: no videos in it"),
     ("data show {tmp}/x.gif", "x.gif: no such file"),
     ("data show {gif} --clips 0", "--clips: '0' is not a whole number from 1 to 64"),
