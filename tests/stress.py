@@ -33,7 +33,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from runs import FORK, errors, finish, logged, resume, same_end, start, wait_for
+from runs import FORK, errors, finish, logged, resume, same_end, start, tensors, wait_for
+from test_annotations import LAYOUTS, save
 from tqdm import tqdm
 
 import data
@@ -157,21 +158,21 @@ def joined(rows, key, others, own):
     return [{**found[words(row[key])], **row} for row in rows]
 
 
-def rows_of(layout, paths):
+def rows_of(task, paths):
     """A row for each question or caption, with all that is said of its video or image."""
-    *before, said = map(parsed, paths)
-    if layout == "vqa":
+    (*before, said), name = map(parsed, paths), paths[-1].name
+    if name.startswith("v2_"):
         return joined(before[0]["questions"], "question_id", said["annotations"], "question_id")
-    if layout == "coco_captions":
+    if "captions" in name:
         return joined(said["annotations"], "image_id", said["images"], "id")
-    if layout == "visual_genome":
+    if name == "region_descriptions.json":
         regions = [{**image, **region} for image in said for region in image["regions"]]
         return [{**row, "vg_id": first(row, "image_id", "id")} for row in regions]
-    if layout == "activitynet":
+    if name == "val_1.json":
         return [{"video_id": video, "caption": text} for video, row in said.items() for text in row["sentences"]]
-    if layout in ("msrvtt_captions", "msrvtt_retrieval"):
+    if name == "MSRVTT_data.json":
         rows = joined(said["sentences"], "video_id", said["videos"], "video_id")
-        if layout == "msrvtt_captions":
+        if task == "pretrain":
             return [row for row in rows if row.get("split", "train") == "train"]
         listed = {words(row["video_id"]) for row in before[0]}
         return [row for row in rows if words(row["video_id"]) in listed]
@@ -202,10 +203,10 @@ def answer(task, row):
     return int(said) if isinstance(said, str) and set(said) <= set(" 0123456789") else said
 
 
-def naive_reading(layout, paths):
+def naive_reading(task, paths):
     """What must be right about each example: (video, text, options, answer)."""
-    task, found, paragraphs = LAYOUTS[layout][0], [], {}
-    for row in rows_of(layout, paths):
+    found, paragraphs = [], {}
+    for row in rows_of(task, paths):
         said = "" if task == "msrvtt_mc" else first(row, "question", "caption", "sentence", "description", "phrase")
         options = [row[f"a{k}"] for k in range(1, 6)] if "a1" in row else row.get("options", ())
         for text in said if isinstance(said, list) else [said]:
@@ -215,71 +216,6 @@ def naive_reading(layout, paths):
         found = [(name, words(" ".join(texts)), (), None) for name, texts in paragraphs.items()]
     return [facts for facts in found if facts[1] or facts[2]]  # no blank captions
 
-
-def table(rows, separator="\t", end="\r\n"):
-    rows = list(rows)
-    lines = [list(rows[0]), *(row.values() for row in rows)]
-    return end.join(separator.join(map(str, line)) for line in lines) + end
-
-
-def jsonl(rows):
-    return "\n".join(map(json.dumps, rows)) + "\n"
-
-
-ASK = list(enumerate(['what "cat does it 2 times ?', "how many, are there ?", '"wer läuft ?', "what ?"]))
-ACTS = ["jump", "spin", "wave hand", "nod", "hop", "sit", "run", "fly"]
-TEN = [{"answer": answer} for answer in ["yes", "no", "Two.", "a dog", "yes"] * 2]
-MSRVTT = {"videos": [{"video_id": f"v{i}", "split": "validate" if i == 1 else "train"} for i, _ in ASK],
-          "sentences": [{"sen_id": k + i, "video_id": f"v{i}", "caption": q} for k in (0, 4) for i, q in ASK]}
-COCO = {"images": [{"id": i, "file_name": f"{i:012d}.jpg"} if i else {"id": 0} for i, _ in ASK],
-        "annotations": [{"id": 7 + i, "image_id": i // 2, "caption": q} for i, q in ASK]}  # fmt: skip
-REGIONS = [{"id": i, "regions": [{"region_id": 2 * i + k, "image_id": i, "phrase": ACTS[i + k]}
-                                 for k in (0, 1)]} for i, _ in ASK]  # fmt: skip
-QUESTIONS = [{"question_id": 9 + i, "image_id": 5, "question": q} for i, q in ASK]
-ANSWERS = [{"question_id": 9 + i, "image_id": 5, "answers": TEN} for i, _ in ASK]
-
-# name: (task, split, {file: its content}); what is asked or said stands in the last file
-LAYOUTS = {
-    "tgif_qa_action": ("tgif_qa_action", "train", {
-        "Train_action_question.csv": table({"gif_name": f"t{i}", "question": q, "a1": ACTS[i], "a2": "nod",
-            "a3": ACTS[i + 1], "a4": ACTS[i + 2], "a5": "hop", "answer": i, "vid_id": i} for i, q in ASK)}),
-    "tgif_qa_count": ("tgif_qa_count", "test", {"Test_count_question.csv": table(
-        {"gif_name": f"t{i}", "question": q, "answer": 2 + 3 * i, "key": i} for i, q in ASK)}),
-    "tgif_qa_frameqa": ("tgif_qa_frameqa", "test", {"Test_frameqa_question.csv": table(
-        {"gif_name": f"t{i}", "question": q, "answer": ACTS[i], "type": i} for i, q in ASK)}),
-    "tgif_qa_transition.jsonl": ("tgif_qa_transition", "train", {
-        "transition_train.jsonl": jsonl({"clip_name" if i else "gif_name": f"t{i}", "question": q,
-                                         "options": ACTS[i : i + 5], "answer": i} for i, q in ASK)}),
-    "msrvtt_qa": ("msrvtt_qa", "val", {"val_qa.json": json.dumps(
-        [{"id": i, "video_id": 6513 + i, "question": q, "answer": ACTS[i]} for i, q in ASK])}),
-    "msrvtt_mc": ("msrvtt_mc", "test", {"msrvtt_mc_test.jsonl": jsonl(
-        {"clip_name": f"v{i}", "options": ACTS[i : i + 5], "answer": i} for i, q in ASK)}),
-    "vqa": ("vqa", "train", {
-        "v2_OpenEnded_mscoco_train2014_questions.json": json.dumps(
-            {"questions": [*QUESTIONS[:3], {"question_id": 12, "question": "what ?"}]}),  # the image's is in the other
-        "v2_mscoco_train2014_annotations.json": json.dumps({"annotations": ANSWERS})}),
-    "vqa.jsonl": ("vqa", "train", {"vqa_train.jsonl": jsonl(
-        {**row, "labels": {"yes": 1, "no": 0.3}} for row in QUESTIONS)}),
-    "msrvtt_retrieval": ("msrvtt_retrieval", "train", {
-        "MSRVTT_train.9k.csv": "video_id\r\nv0\r\nv2\r\nv3\r\n", "MSRVTT_data.json": json.dumps(MSRVTT)}),
-    "msrvtt_1ka_test": ("msrvtt_retrieval", "test", {"MSRVTT_JSFUSION_test.csv": table(
-        ({"key": i, "video_id": f"v{i}", "sentence": f'"a cat, {i}"'} for i, _ in ASK), ",", "\n")}),
-    "retrieval.jsonl": ("msrvtt_retrieval", "train", {
-        "train.jsonl": jsonl({"clip_name": f"v{i}", "caption": q} for i, q in ASK)}),
-    "didemo": ("didemo_retrieval", "val", {"val_data.json": json.dumps(
-        [{"annotation_id": i // 2, "video": f"{i % 3}.mov", "description": q} for i, q in ASK])}),
-    "activitynet": ("activitynet_retrieval", "test", {
-        "val_1.json": json.dumps({f"v_{i}": {"duration": 3.5, "sentences": [q, " So."]} for i, q in ASK})}),
-    "activitynet.csv": ("activitynet_retrieval", "val", {
-        "val_1.csv": table(({"video_id": i % 3, "caption": ACTS[i]} for i, _ in ASK), ",", "\n")}),
-    "msrvtt_captions": ("pretrain", "train", {"MSRVTT_data.json": json.dumps(MSRVTT)}),
-    "coco_captions": ("pretrain", "train", {"captions_train2017.json": json.dumps(COCO)}),
-    "visual_genome": ("pretrain", "train", {"region_descriptions.json": json.dumps(REGIONS)}),
-    "own.csv": ("pretrain", "train", {
-        "mine.csv": table(({"path": f"{i}.mp4", "caption": f"a {ACTS[i]}"} for i, _ in ASK), ",")}),
-    "own.jsonl": ("pretrain", "train", {"mine_train.jsonl": jsonl(
-        [*({"coco_id": i, "caption": q} for i, q in ASK), {"vg_id": 5, "caption": ["x", "y"]}])}),
-}  # fmt: skip
 
 # What takes the place of a value: of the wrong type or size; and of some bytes.
 WRONG = [None, True, False, 3.7, -1, 5, 10**30, "", " ", "3", "1_0", "\u0663", "\0", "\ud800", [], {}, "../x",
@@ -293,7 +229,7 @@ CODECS = ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "ut
 def damage_annotation(name, content, rng):
     """Mostly its structure; sometimes single bytes; now and then it is saved in another encoding."""
     how = rng.choices(["structure", "bytes", "encoding"], [6, 3, 1])[0]
-    if how == "structure" and name.endswith(".csv"):
+    if how == "structure" and name.endswith(("csv", "tsv")):
         return damage_table(content, rng)
     if how == "structure":
         rows = content.splitlines()  # a .json is a single line
@@ -313,7 +249,7 @@ def damage_annotation(name, content, rng):
 def damage_table(content, rng):
     """A column dropped, doubled, swapped or filled with nonsense: in all rows, the header, or one."""
     separator = "\t" if "\t" in content.partition("\n")[0] else ","
-    cells = [line.split(separator) for line in content.splitlines()]
+    cells = [line.split(separator) for line in content.strip("\n").splitlines()]
     a, b = rng.choices(range(len(cells[0])), k=2)
     how = rng.choice(["drop", "double", "swap", "set", "set"])
     value = str(rng.choice([*WRONG, *cells[0]])).replace("\ud800", "")
@@ -348,14 +284,14 @@ def damage_value(value, rng):
 
 def judge_annotation(layout, folder, read=data.read_examples):
     """-> "read", "error", or what is wrong with how the reader takes a layout's files in a folder."""
-    task, split, files = LAYOUTS[layout]
+    task, split, files, _ = LAYOUTS[layout]
     paths = [folder / file for file in files]
     try:
         found = [(e.video, e.text, e.options, e.answer) for e in read(task, folder, split)]
     except Exception as error:  # noqa: BLE001 - that is what we are looking for
         return verdict_of(error, *paths)
     try:
-        expected = naive_reading(layout, paths)
+        expected = naive_reading(task, paths)
     except Exception as error:  # noqa: BLE001 - what the reader could read, a naive one must, too
         return f"accepted what can't be read simply ({type(error).__name__}: {str(error)[:200]})"
     if found == expected and [type(x[3]) for x in found] == [type(x[3]) for x in expected]:
@@ -370,10 +306,8 @@ def annotations(count):
 
     def write(name, folder):
         layout, rng = name.split()[0], random.Random(name)
-        *_, files = LAYOUTS[layout]
-        victim = rng.choice(list(files))
-        for file, text in files.items():
-            (folder / file).write_bytes(damage_annotation(file, text, rng) if file == victim else text.encode())
+        victim = rng.choice([save(folder, *file) for file in LAYOUTS[layout][2].items()])
+        victim.write_bytes(damage_annotation(victim.name, victim.read_bytes().decode(), rng))
         return layout, folder
 
     return judged(names, write, judge_annotation)
@@ -437,7 +371,8 @@ def disk():
                 code = finish(process)
             lines, left = errors(out), list(out.glob("*.tmp"))
             said += [line.replace(str(work), "...") for line in lines]
-            again = resume(folder, out, *more)
+            tensors(out)  # raises if the checkpoint of before is not whole
+            again = finish(start(folder, out, *more, "--resume"))
             if (code, again, left, len(lines)) != (2, 0, [], 1) or words not in lines[0] or not same_end(out, whole):
                 failures.append(f"{kind}: exit code {code}, resumed {again}: {errors(out)}")
     return "\n  ".join(["every run said one line and was resumed to the same end", *said]), failures

@@ -1,10 +1,9 @@
 """Wrong command lines: exit code 2 and exactly one line, which names the thing and the remedy.
 
-Each row of WRONG is a command as it would be typed. {toy} and {captions} stand for folders of toy data, {run} and {pre}
-for short runs on them, {tmp} for an empty folder beside a few bad files.
+Each row of WRONG is a command as it would be typed. {toy} and {captions} stand for folders of toy data, {gif} for one of
+its videos, {run} and {pre} for short runs on them, {tmp} for an empty folder beside a few bad files.
 """
 
-import pickle
 import re
 import shlex
 
@@ -39,12 +38,12 @@ def places(tmp_path_factory, toy_tgif_qa, toy_coco):
     (tmp / "empty").mkdir()
     (tmp / "text.pt").write_text("not a checkpoint")
     (tmp / "bad.gif").write_bytes(b"GIF89a")
-    (tmp / "attack.pt").write_bytes(pickle.dumps(Attack()))
-    torch.save({"model": Attack()}, tmp / "attack2.pt")
+    torch.save({"model": Attack()}, tmp / "attack.pt")
     torch.save([1, 2], tmp / "list.pt")
     torch.save({"config": {"n_layer": 12}, "model": {}}, tmp / "gpt.pt")
     torch.save({"conv.weight": torch.zeros(1)}, tmp / "other.pt")
     places = {"tmp": tmp, "toy": toy_tgif_qa, "captions": toy_coco, "run": tmp / "run", "pre": tmp / "pre"}
+    places["gif"] = toy_tgif_qa / "gifs" / "toy_test_0000.gif"
     command("finetune --data {toy} --out {run} --batch_size 2 --max_steps 1 --test_clips 1".format(**places))
     command("pretrain --data {captions} --out {pre} --batch_size 2 --max_steps 1".format(**places))
     return places
@@ -53,27 +52,20 @@ def places(tmp_path_factory, toy_tgif_qa, toy_coco):
 EVAL = "finetune --data {toy} --eval {run}/best.pt"
 WRONG = [  # command, words of its one line
     ("finetune --task tgif_qa_acton", "invalid choice: 'tgif_qa_acton' did you mean tgif_qa_action?"),
-    ("pretrain --model large", "invalid choice: 'large' tiny base"),
     ("finetune --learning_rate 1", "unrecognized arguments: --learning_rate --help"),
     ("finetune --batchsize 1", "unrecognized arguments: --batchsize did you mean --batch_size?"),
-    ("pretrain --max_step 1", "unrecognized arguments: --max_step did you mean --max_steps?"),
     ("pretrain --task tgif_qa", "unrecognized arguments: --task"),
-    ("finetune --size", "--size: expected one argument"),
     ("finetune --size 1.5", "'1.5' is not a whole number"),
     ("finetune --data {toy} --size 2000", "--size 2000 this model's grid takes 16 to 1600 pixels"),
     ("finetune --data {toy} --frames 1000000", "--frames: '1000000' is not a whole number from 1 to 256"),
     ("finetune --data {toy} --test_clips 0", "--test_clips: '0' is not a whole number from 1"),
-    ("finetune --data {toy} --batch_size -4", "--batch_size: '-4' is not a whole number from 1"),
     ("finetune --lr nan", "--lr: 'nan' is not a number from 0"),
-    ("finetune --lr=-1e-4", "--lr: '-1e-4' is not a number from 0"),
-    ("pretrain --lr inf", "--lr: 'inf' is not a number from 0"),
-    ("finetune --clip_grad 0", "--clip_grad: '0' is not a number from 1e-06"),
     ("pretrain --mask_rate 1.5", "--mask_rate: '1.5' is not a number from 0.001 to 1"),
-    ("finetune --text_length 513", "--text_length: '513' is not a whole number from 3 to 512"),
     ("finetune --data {tmp}/nowhere", "--data nowhere: no such folder; give the one that holds the data set"),
     ("finetune --data {tmp}/text.pt", "--data text.pt: not a folder; give the folder that holds it"),
     ("finetune --data {tmp}/empty", "empty: no annotation file; looked for Train_action_question*.csv"),
     ("pretrain --data {toy}/gifs", "gifs: no annotation file; looked for *caption[s_]*.json"),
+    ("pretrain --data {captions} --limit 1", "1 validation images are too few: put more captioned images there"),
     ("pretrain --data {captions} {tmp}/nowhere", "--data nowhere: no such folder; give"),
     ("finetune --data {toy} --out {run}", "run: holds a run; choose another --out, go on with --resume --overwrite"),
     ("finetune --data {toy} --out {tmp}/text.pt/run", "text.pt/run Not a directory another --out"),
@@ -83,32 +75,29 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --init {toy}", "tgif_qa: no such checkpoint (Is a directory) give a file"),
     ("finetune --data {toy} --init {tmp}/text.pt", "text.pt: not a whole checkpoint copy the file again"),
     ("finetune --data {toy} --init {tmp}/attack.pt", "attack.pt: not a whole checkpoint of tensors and plain values"),
-    ("finetune --data {toy} --init {tmp}/attack2.pt", "attack2.pt: not a whole checkpoint of tensors and plain values"),
     ("finetune --data {toy} --init {tmp}/list.pt", "list.pt: is a list, not named values"),
     ("finetune --data {toy} --init {tmp}/gpt.pt", "config is not one of ClipBERT's; give"),
     ("finetune --data {toy} --init {run}/best.pt --model base", "best.pt: a checkpoint of tiny; leave out --model"),
     ("finetune --data {toy} --init {run}/best.pt --resume", "--init, --resume and --eval exclude each other choose"),
     ("finetune --data {toy} --eval {pre}/best.pt", "best.pt: not a checkpoint that this script has trained --init"),
-    ("pretrain --data {captions} --eval {run}/best.pt", "best.pt: not a checkpoint that this script has trained --init"),
     (EVAL + " --task tgif_qa_frameqa", "best.pt: a checkpoint of --task tgif_qa_action, not tgif_qa_frameqa"),
-    (EVAL + " --predict {toy}/gifs/toy_test_0000.gif", "--predict needs --question"),
+    (EVAL + " --predict {gif}", "--predict needs --question"),
     (EVAL + " --question 'what ?'", "--question needs --predict"),
     ("finetune --split val", "--split needs --eval"),
     (EVAL + " --sheet a.png", "--sheet needs --predict"),
-    (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet a.nonsense", "nonsense"),
-    (EVAL + " --predict {toy}/gifs/toy_test_0000.gif --question q --options a b --sheet none/a.png", "none/a.png"),
+    (EVAL + " --predict {gif} --question q --options a b --sheet none/a.png", "none/a.png"),
     (EVAL + " --predict x.gif --question q", "--task tgif_qa_action: multiple choice takes two --options"),
     (EVAL + " --predict {tmp}/x.gif --question q --options a b", "x.gif: no such file; check the path"),
     (EVAL + " --predict {tmp}/bad.gif --question q --options a b", "bad.gif: replace or remove it"),
     ("finetune --data {toy} --bert {toy}", "--bert is for --model base; add that, or leave"),
     ("data", "arguments are required: command"),
     ("data chek", "invalid choice: 'chek' did you mean check?"),
-    ("data check --task tgif", "invalid choice: 'tgif' tgif_qa_action"),
-    ("data check --data {tmp}/nowhere", "--data nowhere: no such folder; give"),
-    ("data check --data {tmp}/text.pt", "--data text.pt: not a folder; give the folder"),
-    ("data check --data {toy} --text_length 2", "--text_length: '2' is not a whole number from 3"),
-    ("data check --data {toy} --dat {toy}", "unrecognized arguments: --dat did you mean --data?"),
     ("data cache --data {tmp}/empty", "empty: no videos in it"),
+    ("data show {tmp}/x.gif", "x.gif: no such file"),
+    ("data show {gif} --clips 0", "--clips: '0' is not a whole number from 1 to 64"),
+    ("data show {gif} --clip 2", "unrecognized arguments: --clip did you mean --clips?"),
+    ("data show {gif} --out sheet.nonsense", "nonsense"),
+    ("data show {gif} --out none/a.png", "none/a.png"),
     ("data toy {tmp}/text.pt", "text.pt/tgif_qa: Not a directory choose another directory"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
@@ -126,13 +115,6 @@ def test_a_wrong_command_ends_in_one_line(line, words, places, capsys, tmp_path,
     assert len(message) < 700 and message[:-1].isprintable()
     assert re.search(".*".join(map(re.escape, words.split())), message), message  # in this order
     assert not (tmp_path / "attacked").exists()
-
-
-def test_an_attack_would_work_without_weights_only(places, tmp_path, monkeypatch):
-    """That the refusals above mean something."""
-    monkeypatch.chdir(tmp_path)
-    torch.load(places["tmp"] / "attack2.pt", weights_only=False)
-    assert (tmp_path / "attacked").exists()
 
 
 def test_debug_shows_where_it_happened(places):

@@ -1,7 +1,4 @@
-"""Tests of the fine-tuning script on a handful of toy videos. One property at a time: `pytest tests/test_finetune.py -k
-order`, or one of: blind, accumulation, task, init, unreadable, missing, predict, judge, real. How runs stop and go on:
-test_reliability.py; wrong commands: test_commands.py.
-"""
+"""Tests of the fine-tuning script on a handful of toy videos. How runs stop and go on: test_reliability.py."""
 
 import itertools
 import json
@@ -11,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SHARED, failing, lines, metrics, run, settings, weights
+from runs import logged
 
 import clipbert
 import data
@@ -24,10 +22,6 @@ def short(toy, out, *more, task="tgif_qa"):
     run(finetune, "--task", task, "--data", toy, "--out", out, "--batch_size", 4, "--max_steps", 4,
         "--test_clips", 1, 2, "--workers", 0, *more)  # fmt: skip
     return metrics(out)
-
-
-def steps(out):
-    return [row["step"] for row in lines(out / "log.jsonl")]
 
 
 def test_order_and_clips_and_captions_are_random_independently():
@@ -64,7 +58,7 @@ def test_accumulation_and_workers_change_nothing_and_the_seed_everything(toy_tgi
     assert short(toy_tgif_qa, tmp_path / "one", "--batch_size", 6, *options)["examples"] == 5
     short(toy_tgif_qa, tmp_path / "two", "--batch_size", 3, "--grad_accum", 2, "--workers", 1, *options)
     short(toy_tgif_qa, tmp_path / "other", "--batch_size", 6, "--seed", 1, *options)
-    assert steps(tmp_path / "one") == steps(tmp_path / "two") == [1, 2, 3, 4]
+    assert logged(tmp_path / "one") == logged(tmp_path / "two") == [1, 2, 3, 4]
     one, two, other = (weights(tmp_path / name) for name in ("one", "two", "other"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
@@ -77,7 +71,7 @@ def test_task_trains_evaluates_and_leaves_its_files(kind, toy_tgif_qa, tmp_path)
     said = short(toy_tgif_qa, out, task=task)
     name = "mse" if kind == "count" else "accuracy"
     assert said["examples"] == 6 and list(said["by_clips"]) == ["1", "2"] and name in said["by_clips"]["2"]
-    assert steps(out) == [1, 2, 3, 4] and len(lines(out / "predictions.jsonl")) == 6
+    assert logged(out) == [1, 2, 3, 4] and len(lines(out / "predictions.jsonl")) == 6
     assert json.loads((out / "config.json").read_text())["batch_size"] == 4 and (out / "sheet.png").exists()
     only_test = shutil.ignore_patterns("toy_train_*", "Train_*")  # all that evaluation needs, the chance level included
     shutil.copytree(toy_tgif_qa, tmp_path / "toy", ignore=only_test)
@@ -126,16 +120,10 @@ def test_init_reports_what_fits_and_carries_the_vocabulary(toy_tgif_qa, tmp_path
     assert a["vocabulary"] == b["vocabulary"]
 
 
-@pytest.fixture
-def broken(toy_tgif_qa, tmp_path):
-    """The toy data with one broken training GIF and one broken test GIF."""
-    shutil.copytree(toy_tgif_qa, tmp_path / "broken")
+def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(toy_tgif_qa, tmp_path, capsys):
+    broken = shutil.copytree(toy_tgif_qa, tmp_path / "broken")
     for name in ("toy_train_0002", "toy_test_0001"):
-        (tmp_path / "broken" / "gifs" / f"{name}.gif").write_bytes(b"GIF89a")
-    return tmp_path / "broken"
-
-
-def test_unreadable_videos_are_replaced_in_training_and_wrong_in_evaluation(broken, tmp_path, capsys):
+        (broken / "gifs" / f"{name}.gif").write_bytes(b"GIF89a")
     said = short(broken, tmp_path / "out")
     messages = capsys.readouterr().err
     assert "replaced by other examples in training: 1" in messages and "toy_train_0002.gif" in messages

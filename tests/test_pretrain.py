@@ -1,16 +1,13 @@
-"""Tests of pretraining: its data and its script. One property at a time: `pytest tests/test_pretrain.py -k epoch`, or
-one of: masks, evaluation, folders, fixed, checkpoint, overfit, error, real. Its losses against
-the reference's numbers stand in test_clipbert.py; masks and mismatches are exercises, see test_exercises.py.
-"""
+"""Tests of pretraining: its data and its script. Its losses, masks and mismatches are exercises: test_exercises.py."""
 
-import json
 import math
 import shutil
 from collections import Counter
 
 import pytest
 import torch
-from conftest import SHARED, failing, learn_by_heart, lines, metrics, run, settings
+from conftest import SHARED, learn_by_heart, lines, metrics, run, settings
+from test_annotations import save
 
 import clipbert
 import data
@@ -22,21 +19,6 @@ def short(toy, out, *more):
     folders = toy if isinstance(toy, list) else [toy]
     run(pretrain, "--data", *folders, "--out", out, "--batch_size", 4, "--max_steps", 6, "--workers", 0, *more)
     return metrics(out)
-
-
-def photo(number):
-    return f"{number:012d}.png"
-
-
-def own(folder, toy_coco, rows):
-    """A folder of one's own, whose captions.jsonl says these captions of these of the toy photos: (number, caption)."""
-    shutil.copytree(toy_coco / "train2017", folder / "images")
-    lines = [json.dumps({"path": photo(number), "caption": caption}) + "\n" for number, caption in rows]
-    (folder / "captions.jsonl").write_text("".join(lines))
-    return folder
-
-
-# ---------------------------------------------------------------- which captions, which masks
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -67,9 +49,6 @@ def test_masks_do_not_depend_on_the_other_texts_of_the_batch():
     assert (one["mlm_labels"] != -100).any()
 
 
-# ---------------------------------------------------------------- when and on what is evaluated
-
-
 def test_evaluation_comes_at_the_ends_of_epochs_or_when_it_is_asked_for(toy_coco, tmp_path, monkeypatch, capsys):
     def evaluations(out, *more):
         short(toy_coco, out, "--captions", 6, "--max_steps", 12, "--mask_rate", 0.5, *more)
@@ -87,7 +66,9 @@ def test_evaluation_looks_at_2000_images_of_a_folder_at_most(toy_coco, tmp_path,
     s = settings(pretrain, data=[toy_coco], captions=2)
     train, val = pretrain.load_examples(s)
     assert len({example.video for example in val}) == 3 and len({example.video for example in train}) == 20
-    s.data.append(own(tmp_path / "own", toy_coco, [(i, f"{word} {i}") for i in range(1, 21) for word in "ab"]))
+    shutil.copytree(toy_coco / "train2017", tmp_path / "own" / "images")
+    rows = [{"path": f"{i:012d}.png", "caption": f"{word} {i}"} for i in range(1, 21) for word in "ab"]
+    s.data.append(save(tmp_path, "own/captions.jsonl", rows).parent)
     train, val = pretrain.load_examples(s)
     assert len({example.path for example in val}) == 3 + 2 and "2 images are held out" in capsys.readouterr().out
     parts = pretrain.load_examples(settings(pretrain, data=s.data[1:], captions=2))
@@ -106,15 +87,6 @@ def test_fixed_masks_make_two_evaluations_agree(toy_coco, tmp_path):
     assert said["matched"] == said["captions"] / 2
 
 
-# ---------------------------------------------------------------- the script
-
-
-def test_folders_are_one_data_set(toy_coco, tmp_path):
-    folders = [toy_coco, own(tmp_path / "own", toy_coco, [(i, f"a {i}") for i in range(1, 21)])]
-    said = short(folders, tmp_path / "out", "--max_steps", 2, "--grad_accum", 2, "--mlm_over", "masked")
-    assert said["examples"] == 6 + 2
-
-
 def test_checkpoint_starts_a_finetuning(toy_coco, tmp_path):
     short(toy_coco, tmp_path)
     state = clipbert.load_checkpoint(tmp_path / "last.pt")
@@ -127,7 +99,7 @@ def test_checkpoint_starts_a_finetuning(toy_coco, tmp_path):
 def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped(toy_coco):
     """Four photos, each with one caption of its own: ITM must become right, and must come from looking."""
     torch.manual_seed(0)
-    paths = [toy_coco / "train2017" / photo(i) for i in range(1, 5)]
+    paths = [toy_coco / "train2017" / f"{i:012d}.png" for i in range(1, 5)]
     frames = torch.stack([data.read_clips(path, 1, 1, 1.0, 64, False)[0] for path in paths])
     ids = torch.tensor([[2, word, 3] for word in (5, 6, 7, 8)] * 4)  # all four captions of every image
     labels = torch.eye(4, dtype=torch.long).flatten()
@@ -138,16 +110,9 @@ def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped
         assert torch.equal(right, labels.view(4, 4).roll(shift, 0).flatten())
 
 
-def test_error_of_too_few_images_is_one_line(toy_coco, tmp_path, capsys):
-    one = own(tmp_path / "one", toy_coco, [(1, "a")])
-    assert "too few" in failing(capsys, pretrain, "--data", one, "--out", tmp_path / "out")
-
-
-FOLDER = SHARED / "real" / "msrvtt"
-
-
-@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the real videos are not here: {FOLDER}")
-def test_real_captioned_videos_go_through_the_same_loop(tmp_path):
-    """MSRVTT's layout, two frames of each video; it has no validation part, so some videos are held out."""
-    said = short(FOLDER, tmp_path, "--frames", 2, "--fps", 2, "--max_steps", 2)
-    assert said["examples"] == 3 and said["unreadable"] == 0
+@pytest.mark.skipif(not (SHARED / "real").is_dir(), reason=f"the real videos and photos are not here: {SHARED}")
+@pytest.mark.parametrize("name, images", [("msrvtt", 3), ("coco_captions", 12)])
+def test_real_captioned_videos_and_photos_go_through_the_same_loop(name, images, tmp_path):
+    """Two frames of each video. Neither has a validation part, so some are held out."""
+    said = short(SHARED / "real" / name, tmp_path, "--frames", 2, "--fps", 2, "--max_steps", 2)
+    assert said["examples"] == images and said["unreadable"] == 0

@@ -1,6 +1,5 @@
 """Tests of retrieval, multiple choice by a retrieval model, and open questions: scores against the reference's numbers,
-and the cheap order of evaluation. `pytest tests/test_retrieval.py -k golden`, or one of: evaluation, precision, choice,
-negatives, answers. The metrics are an exercise, see test_exercises.py."""
+and the cheap order of evaluation. The metrics are an exercise, see test_exercises.py."""
 
 import json
 import shutil
@@ -16,9 +15,6 @@ import finetune
 GOLDEN = json.loads((HERE / "golden_retrieval.json").read_text())
 
 
-# ---------------------------------------------------------------- recorded numbers
-
-
 @pytest.mark.parametrize("case", GOLDEN["scores"], ids=lambda c: f"{c['case']}-{c['pool']}")
 def test_golden_scores_and_losses_of_a_match(case):
     p = clipbert.aggregate_clips(torch.tensor(case["logits"]), case["pool"])
@@ -27,9 +23,6 @@ def test_golden_scores_and_losses_of_a_match(case):
     if case["labels"]:  # extreme logits were recorded for evaluation only
         loss = clipbert.video_loss(p, torch.tensor(case["labels"]), "match")
         assert loss.item() == pytest.approx(case["loss"], rel=1e-5, abs=1e-6)
-
-
-# ---------------------------------------------------------------- evaluation
 
 
 class Job:
@@ -123,9 +116,6 @@ def test_precision_and_choice_among_captions_are_those_of_retrieval(toy_msrvtt, 
         place = [video.video for video in job.videos].index(job.examples[i].video)
         expected = pairs[5 * i : 5 * i + 5, place]
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6 if precision == "fp32" else 5e-3)
-
-
-# ---------------------------------------------------------------- training pairs, answer lists
 
 
 def test_negatives_are_never_a_caption_of_the_same_video():

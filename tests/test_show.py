@@ -66,18 +66,6 @@ def test_pictures_and_bars_side_by_side_are_whole():
     assert (row == 0).all(-1).sum() == 4 * 50 * data.SIDE + 9 * 7 * data.BAR and row.shape[1] == data.WIDTH
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ("missing.gif", "missing.gif"), ("{video} --clips 0", "1 to 64"), ("{video} --clip 2", "did you mean --clips?"),
-    ("{video} --out sheet.nonsense", "nonsense"), ("{video} --out none/a.png", "none/a.png"),
-])  # fmt: skip
-def test_mistakes_end_in_one_line(video, tmp_path, arguments, words, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        data.main(["show", *arguments.format(video=video).split()])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error
-
-
 def test_toy_videos_are_explained_and_others_are_not(tmp_path):
     data.write_toy_tgif_qa(tmp_path / "toy", train=1, test=1)
     gif = tmp_path / "toy" / "gifs" / "toy_test_0000.gif"

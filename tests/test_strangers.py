@@ -8,16 +8,15 @@ import re
 import resource
 import socket
 import struct
-import subprocess
 import sys
 import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
-import imageio_ffmpeg
 import pytest
 from PIL import Image
+from test_media import ffmpeg
 
 import data
 
@@ -39,9 +38,7 @@ def refused(path):
 def video(tmp_path_factory):
     """A real video, white: whoever is led to it shows white frames."""
     path = tmp_path_factory.mktemp("video") / "secret.mp4"
-    data.write_gif([Image.new("RGB", (32, 24), (255, 255, 250 + i)) for i in range(4)], path.with_suffix(".gif"))
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path.with_suffix(".gif")]
-    subprocess.run([*ffmpeg, "-pix_fmt", "yuv420p", path], check=True, timeout=60)
+    ffmpeg("-f", "lavfi", "-i", "color=white:s=32x24:r=4:d=1", "-pix_fmt", "yuv420p", path)
     return path
 
 
@@ -83,14 +80,12 @@ def playlists(video, address):
         yield f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n"
         yield f"ffconcat version 1.0\nfile '{target}'\n"
         yield f'<?xml version="1.0"?><MPD><Period><BaseURL>{target}</BaseURL></Period></MPD>'
-        yield f'<smil><body><video src="{target}"/></body></smil>'
-        yield f"[playlist]\nFile1={target}\n"
         yield f"v=0\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=control:{target}\n"
 
 
 def test_a_playlist_under_another_name_opens_nothing(video, tmp_path, address):
     (tmp_path / video.name).write_bytes(video.read_bytes())
-    suffixes = [".mp4", ".gif", ".mov", ".mkv", ".avi"]  # by turns: six kinds of lists, five targets, as many suffixes
+    suffixes = [".mp4", ".gif", ".mov", ".mkv", ".avi"]  # by turns: four kinds of lists, five targets, as many suffixes
     for i, text in enumerate(playlists(video, address)):
         path = tmp_path / f"{i}{suffixes[i % 5]}"
         path.write_text(text)
@@ -150,7 +145,6 @@ def mp4(video, side):
 
 READ = r"^read \(2, 2, 3, 32, 32\)"
 BOMBS = {  # name: (how it is made, what becomes of it)
-    "a PNG of 100,000 x 100,000": (lambda video: png(100_000), "DataError.*not a readable"),  # Pillow refuses it, too
     "a PNG of 10,000 x 10,000": (lambda video: png(10_000), "DataError.*too many"),
     "a GIF of 65,535 x 65,535": (lambda video: gif(65_535), "DataError.*no readable"),
     "a GIF whose frames are larger than it": (lambda video: gif(16, 3, 65_535), READ),

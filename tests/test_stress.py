@@ -2,35 +2,33 @@
 
 import random
 
-import imageio_ffmpeg
 import pytest
 import stress
 from conftest import SHARED
-from PIL import Image
+from test_media import make_gif, make_video
 
 import data
 
 
 def test_damaged_annotations_are_read_as_they_stand_or_refused_in_one_line():
-    figures, failures = stress.annotations(8 * len(stress.LAYOUTS))
+    figures, failures = stress.annotations(6 * len(stress.LAYOUTS))
     assert not failures, figures
 
 
-def whole_files(folder, layout):
-    for file, content in stress.LAYOUTS[layout][-1].items():
-        (folder / file).write_text(content, encoding="utf-8", newline="")
+def save_whole(folder, layout):
+    for file in stress.LAYOUTS[layout][2].items():
+        stress.save(folder, *file)
 
 
 @pytest.mark.parametrize("layout", stress.LAYOUTS)
 def test_every_layout_is_read_as_a_naive_reading_has_it(layout, tmp_path):
-    whole_files(tmp_path, layout)
+    save_whole(tmp_path, layout)
     assert stress.judge_annotation(layout, tmp_path) == "read"
 
 
 WRONG_LABELS = {  # a reader that ...
     "shifts answers": lambda rows: [row._replace(answer=rows[i - 1].answer) for i, row in enumerate(rows)],
     "drops a row": lambda rows: rows[1:],
-    "repeats a row": lambda rows: [*rows, rows[0]],
     "swaps options": lambda rows: [row._replace(options=row.options[::-1]) for row in rows],
     "swaps videos": lambda rows: [row._replace(video=rows[0].video) for row in rows],
     "coerces": lambda rows: [row._replace(answer=float(row.answer)) for row in rows],
@@ -42,18 +40,14 @@ def test_the_judge_notices_a_reader_that(wrong, tmp_path):
     def read(*asked):
         return WRONG_LABELS[wrong](data.read_examples(*asked))
 
-    whole_files(tmp_path, "tgif_qa_action")
-    assert stress.judge_annotation("tgif_qa_action", tmp_path, read).startswith("not what stands there")
+    layout = "tgif_qa-Train_action_question.csv"
+    save_whole(tmp_path, layout)
+    assert stress.judge_annotation(layout, tmp_path, read).startswith("not what stands there")
 
 
 def test_damaged_media_give_frames_or_one_clear_error(tmp_path):
-    frames = [Image.new("RGB", (32, 32), (9 * i, 0, 0)) for i in range(8)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
-    writer = imageio_ffmpeg.write_frames(str(tmp_path / "b.mp4"), (32, 32))
-    writer.send(None)
-    for frame in frames:
-        writer.send(frame.tobytes())
-    writer.close()
+    make_gif(tmp_path / "a.gif")
+    make_video(tmp_path / "b.mp4", 8)
     figures, failures = stress.media(tmp_path, 20)
     assert not failures and "20 damaged files" in figures
 
