@@ -1116,9 +1116,9 @@ class Training:
         # The same model, but each process its own dropout; `restore` brings the stopped run's.
         if RANK:
             torch.manual_seed(s.seed + 1_000_003 * RANK)  # far from the seeds of other runs
-        log_bytes = self.restore(stopped) if stopped else 0
+        self.log_bytes = self.restore(stopped) if stopped else 0  # the length of log.jsonl
         if not RANK:
-            self.prepare_folder(anew=not stopped, log_bytes=log_bytes)
+            self.prepare_folder(anew=not stopped)
         # Batches of all processes, for data.training_order: the run's first one and its end.
         self.first_batch, self.n_batches = (
             n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps)
@@ -1146,7 +1146,7 @@ class Training:
                 torch.cuda.set_rng_state(own["cuda"])
         return state["log"]
 
-    def prepare_folder(self, anew, log_bytes):
+    def prepare_folder(self, anew):
         """config.json; a log without the steps that will be logged again; no older run's weights."""
         config = {"device": DEVICE, "total_steps": self.total_steps, **self.contents["settings"],
                   "config": self.contents["config"]}  # fmt: skip
@@ -1157,7 +1157,7 @@ class Training:
             for name in ("last.pt", "previous.pt", "best.pt"):
                 (self.out / name).unlink(missing_ok=True)
         with open(self.out / "log.jsonl", "ab") as log:
-            log.truncate(min(log_bytes, log.tell()))
+            self.log_bytes = log.truncate(min(self.log_bytes, log.tell()))
 
     def steps(self):
         """Yield start + 1, ..., total_steps; after each, a checkpoint if one is due.
@@ -1258,6 +1258,7 @@ class Training:
         try:
             with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
+                self.log_bytes = file.tell()
         except OSError as error:
             raise OSError(f"{path}: not written ({error.strerror}): make room, then --resume") from error
 
@@ -1306,7 +1307,7 @@ class Training:
         self.save(
             "last.pt", step, self.out / "previous.pt", best=self.best, random=random_states,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-            log=(self.out / "log.jsonl").stat().st_size,
+            log=self.log_bytes,
         )  # fmt: skip
 
 
