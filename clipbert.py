@@ -9,7 +9,7 @@ Read this file beside section 3 of the paper, top to bottom:
     F_v(c_i)  ResNet-50, grid encoder, mean over T,
               2-D positions                        (B, h*w, d)       GridFeatures, VisualEmbedding
     F_l(S)    word + position + type embeddings    (B*n, Lt, d)      BERT's own
-    H         a 12-layer BERT over [text; grid]    (B*n, Lt + h*w, d)  VideoTextEncoder.fuse
+    H         a 12-layer BERT over [text; grid]    (B*n, Lt+h*w, d)  VideoTextEncoder.fuse
     p_i = H(F_v(c_i), F_l(S))                      (B*n, K)          ClipBert.forward, clip_logits
     p = G(p_1, ..., p_N)                           (B*n, K)          aggregate_clips
     loss = NLL(p, q)                               scalar            video_loss
@@ -106,7 +106,7 @@ class ClipBertConfig:
 
         Its stride is 16: a 4 x 4 grid at L = 64.
         Nothing is frozen (there are no pretrained weights to protect) and there is no dropout (a
-        small model on random clips, always new ones, does not overfit). Initial scale matters most: with
+        small model on random clips, always new, does not overfit). Initial scale matters most: with
         BERT's .02 a 96-wide, 3-layer transformer attends uniformly and stays at ln(5), the loss of
         guessing among five options, for a long time; 1/sqrt(d) lets attention pick out
         tokens from step one.
@@ -421,8 +421,8 @@ def aggregate_clips(logits, how):
 
         mean:  p = 1/N sum_i p_i          max:  p = max_i p_i          lse:  p = log sum_i exp(p_i)
 
-    logits (N, B*n, K) -> (B*n, K). With lse, cross_entropy(p, y) is the reference's log-sum-exp over
-    clips and labels minus the one over clips of the true label. how: "mean" | "max" | "lse".
+    logits (N, B*n, K) -> (B*n, K). With lse, cross_entropy(p, y) is the reference's log-sum-exp
+    over clips and labels minus the one over clips of the true label. how: "mean" | "max" | "lse".
     """
     if how == "mean":
         return logits.mean(0)
@@ -659,8 +659,10 @@ def parse_flags(parser, settings, arguments=None):
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if len({"init", "resume", "eval"} & given.keys()) > 1:
         parser.error("--init, --resume and --eval exclude each other; choose one")
-    if given.get("model") != "base" and not {"init", "resume", "eval"} & given.keys():
-        for name in {"resnet", "bert", "scratch"} & given.keys():
+    if given.get("model") != "base" and not {"resume", "eval"} & given.keys():
+        # --init CKPT --bert DIR: the official weights want a vocabulary
+        of_base = {"resnet", "scratch"} | (set() if "init" in given else {"bert"})
+        for name in of_base & given.keys():
             parser.error(f"--{name} is for --model base; add that, or leave it out")
     return given
 

@@ -17,7 +17,7 @@ The second part knows files:
     a data set        ->  what is wrong with it                        `check`
 
     python data.py toy DIR                      write the toy data to DIR
-    python data.py check --task T --data DIR    what is missing, broken, doubled, cut
+    python data.py check --task T --data DIR    what is missing, broken, doubled, too long
     python data.py cache --data DIR             decode each video once, into small files for --cache
     python data.py show VIDEO --clips 4         draw the frames that a model would look at
 

@@ -90,6 +90,7 @@ WRONG = [  # command, words of its one line
     (EVAL + " --predict {tmp}/x.gif --question q --options a b", "x.gif: no such file; check the path"),
     (EVAL + " --predict {tmp}/bad.gif --question q --options a b", "bad.gif: replace or remove it"),
     ("finetune --data {toy} --bert {toy}", "--bert is for --model base; add that, or leave"),
+    ("finetune --data {toy} --init {run}/best.pt --scratch", "--scratch is for --model base; add that, or leave"),
     ("data", "arguments are required: command"),
     ("data chek", "invalid choice: 'chek' did you mean check?"),
     ("data cache --data {tmp}/empty", "empty: no videos in it"),
