@@ -450,8 +450,8 @@ def mask_tokens(input_ids, tokenizer, generator, rate=0.15):
     """BERT's masking: of a share of the tokens 80% become [MASK], 10% a random one, 10% stay.
 
     -> (input_ids with these changes, labels: the tokens at the chosen places, -100 elsewhere). The
-    random and the unchanged ones are there because no text has a [MASK] after pretraining: any word may
-    turn out to be the one to predict.
+    random and the unchanged ones are there because no text has a [MASK] after pretraining: any word
+    may turn out to be the one to predict.
     """
     # [CLS], [SEP] and their like stand for no word: never masked
     special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))

@@ -47,8 +47,10 @@ from clipbert import setting
 class Settings(clipbert.Settings):
     """What fine-tuning can be told, besides."""
 
-    task: str = setting("tgif_qa_action", "what to learn",
-                        choices=[*data.ALIASES, *(x for x in data.LAYOUTS if x != "pretrain")])  # fmt: skip
+    task: str = setting(
+        "tgif_qa_action", "what to learn",
+        choices=[*data.ALIASES, *(name for name in data.LAYOUTS if name != "pretrain")],
+    )  # fmt: skip
     text_length: int = setting(
         None, "Lt at most, [CLS] and [SEP] included (default: the task's)", low=3, high=512
     )
@@ -328,8 +330,10 @@ def evaluate(s, model, collate, examples, clip_counts):
 def evaluate_answers(s, model, collate, examples, n_clips):
     """-> (metrics, predictions, what could not be read) at N_test = n_clips."""
     results, errors = score_videos(s, model, collate, examples, n_clips)
-    predictions = [judge(TASKS[s.task].kind, example, scores, readable, collate.answers)
-                   for example, (scores, readable) in zip(examples, results, strict=True)]  # fmt: skip
+    predictions = [
+        judge(TASKS[s.task].kind, example, scores, readable, collate.answers)
+        for example, (scores, readable) in zip(examples, results, strict=True)
+    ]
     return metrics(examples, predictions), predictions, errors
 
 

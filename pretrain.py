@@ -49,7 +49,7 @@ class Settings(clipbert.Settings):
     keep: int = setting(100, "random grid tokens that a training step keeps, of 144 at L = 768")
     captions: int = setting(2, "of an image at a time, for one pass through the CNN", high=1000)
     batch_size: int = setting(32, "images at a time, on each GPU")
-    epochs: int = setting(40, "each goes through all groups of captions (on eight GPUs 6,000 updates)")
+    epochs: int = setting(40, "each goes through all groups of captions (8 GPUs: 6,000 updates)")
     eval_every: int = setting(None, "steps from one evaluation to the next (default: an epoch)")
     mask_rate: float = setting(0.15, "the share of words that are masked", low=0.001, high=1)
     mlm_over: str = setting("masked", "what the MLM loss is averaged over: masked tokens, or all",
