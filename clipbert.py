@@ -72,17 +72,18 @@ class ClipBertConfig:
     bgr: bool = False  # the channel order in which the CNN was pretrained
     pixel_mean: tuple = (123.675, 116.28, 103.53)  # RGB, on the 0..255 scale (ImageNet)
     pixel_std: tuple = (58.395, 57.12, 57.375)
+    # from here on in transformers' words, see BERT_SIZES
     hidden_size: int = 768  # d
-    layers: int = 12
-    heads: int = 12
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
     intermediate_size: int = 3072
     vocab_size: int = 30522
-    positions: int = 512  # the longest text
-    activation: str = "gelu"  # BERT's: x times the normal distribution's share below x, by erf
+    max_position_embeddings: int = 512  # the longest text
+    hidden_act: str = "gelu"  # x times the normal distribution's share below x, by erf
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02  # the standard deviation of Linear and Embedding weights
     # embeddings, attention, sublayer outputs, pooled vector; none in the CNN or inside the MLP
     dropout: float = 0.1
-    init_std: float = 0.02  # of Linear and Embedding weights
-    layer_norm_eps: float = 1e-12
 
     @property
     def stride(self):
@@ -112,8 +113,8 @@ class ClipBertConfig:
         tokens from step one.
         """
         return cls(
-            backbone="tiny", frozen_stages=0, hidden_size=96, layers=3, heads=4,
-            intermediate_size=192, vocab_size=vocab_size, dropout=0.0, init_std=96**-0.5,
+            backbone="tiny", frozen_stages=0, hidden_size=96, num_hidden_layers=3, num_attention_heads=4,
+            intermediate_size=192, vocab_size=vocab_size, dropout=0.0, initializer_range=96**-0.5,
             # of the toy frames, which are mostly dark
             pixel_mean=(45.0, 45.0, 45.0), pixel_std=(60.0, 60.0, 60.0),
         )  # fmt: skip
@@ -266,9 +267,9 @@ class VideoTextEncoder(nn.Module):
         self.visual_embeddings.apply(self.init_weights)
 
     def init_weights(self, module):
-        """BERT's initialisation: N(0, init_std), zero biases. (The grid encoder's is torch's.)"""
+        """BERT's initialisation: N(0, initializer_range), zero biases. (The grid encoder's is torch's.)"""
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.cfg.init_std)
+            nn.init.normal_(module.weight, std=self.cfg.initializer_range)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
@@ -305,14 +306,16 @@ class VideoTextEncoder(nn.Module):
         return hidden, self.bert.pooler(hidden)
 
 
+# What our configuration and a BERT's have in common.
+BERT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+              "vocab_size", "max_position_embeddings", "hidden_act", "layer_norm_eps")  # fmt: skip
+
+
 def bert_config(cfg):
-    """The same sizes in the words of transformers."""
+    """The BERT of a ClipBertConfig, as transformers wants to know it."""
     return BertConfig(
-        vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads, intermediate_size=cfg.intermediate_size,
-        hidden_act=cfg.activation, max_position_embeddings=cfg.positions,
+        **{name: getattr(cfg, name) for name in BERT_SIZES}, initializer_range=cfg.initializer_range,
         hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout,
-        initializer_range=cfg.init_std, layer_norm_eps=cfg.layer_norm_eps,
         attn_implementation="sdpa",  # torch's fused attention
     )  # fmt: skip
 
@@ -321,12 +324,7 @@ def config_of_bert(bert, cfg):
     """cfg with the sizes of a BERT's config.json; CNN, dropout and initialisation stay."""
     if bert.model_type != "bert":
         raise ValueError(f"{bert.name_or_path}: holds a {bert.model_type}; give a BERT")
-    return replace(
-        cfg, vocab_size=bert.vocab_size, hidden_size=bert.hidden_size,
-        layers=bert.num_hidden_layers, heads=bert.num_attention_heads,
-        intermediate_size=bert.intermediate_size, activation=bert.hidden_act,
-        positions=bert.max_position_embeddings, layer_norm_eps=bert.layer_norm_eps,
-    )  # fmt: skip
+    return replace(cfg, **{name: getattr(bert, name) for name in BERT_SIZES})
 
 
 class ClipBert(VideoTextEncoder):
@@ -345,7 +343,7 @@ class ClipBert(VideoTextEncoder):
             nn.Linear(2 * cfg.hidden_size, num_outputs),
         )
         self.classifier.apply(self.init_weights)
-        # The first loss should be ln(classes) whatever init_std is: no opinion before the first
+        # The first loss should be ln(classes) whatever initializer_range is: no opinion before the first
         # example.
         nn.init.normal_(self.classifier[-1].weight, std=0.02)
 
@@ -681,8 +679,8 @@ def check_size(s, cfg):
         raise ValueError(
             f"--size {s.size}: this model's grid takes {cfg.stride} to {largest} pixels"
         )
-    if s.text_length > cfg.positions:
-        raise ValueError(f"--text_length {s.text_length}: this BERT has {cfg.positions} positions")
+    if s.text_length > cfg.max_position_embeddings:
+        raise ValueError(f"--text_length {s.text_length}: this BERT has {cfg.max_position_embeddings} positions")
 
 
 def first_free(name, taken):
@@ -919,9 +917,8 @@ def load_checkpoint(path):
 def config_from(state):
     """The ClipBertConfig that a checkpoint of ours was made with."""
     try:
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
-        return replace(ClipBertConfig(), **config)
-    except (AttributeError, TypeError):
+        return ClipBertConfig(**state["config"])
+    except TypeError:
         raise ValueError(
             "the checkpoint's config is not one of ClipBERT's; give one that our training wrote"
         ) from None

@@ -47,7 +47,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +59,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map
 from transformers import BertTokenizer
 from transformers.utils import cached_file
@@ -205,7 +204,7 @@ class Example(NamedTuple):
     options: tuple = ()  # answer options of multiple choice
     # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
     answer: object = None
-    kind: str = ""  # of an open question, for accuracies by kind
+    question_type: str = ""  # of an open question, for accuracies by type
     people: tuple = ()  # VQA: what each of the ten people said, verbatim, for vqa_accuracy()
     path: str | None = None  # of the video; None: it is missing
     captions: tuple = ()  # pretraining: those of which CaptionDraw chooses, see caption_groups()
@@ -820,6 +819,7 @@ def write_cached(path, size, rate):
 
 def caching_fault(path, size, rate):
     """`write_cached`, but an error is returned: one bad video must not end all the others."""
+    torch.set_num_threads(1)  # a process a core decodes
     try:
         write_cached(path, size, rate)
     except DataError as error:
@@ -832,10 +832,7 @@ def write_cache(folder, size, rate, workers):
     if not videos:
         raise DataError(f"{folder}: no videos in it")
     write = functools.partial(caching_fault, size=size, rate=rate)
-    # A process a core decodes; torch itself has one thread in each.
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        results = tqdm(pool.map(write, videos), total=len(videos), unit=" videos")
-        faults = [fault for fault in results if fault]
+    faults = [fault for fault in process_map(write, videos, max_workers=workers, chunksize=1) if fault]
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     print(f"{folder}: {len(videos) - len(faults):,} of {len(videos):,} videos are cached at {size} pixels")
@@ -1123,12 +1120,12 @@ def count(row):
 
 
 def open_answer(row):
-    """An answer in words. Its kind, for accuracies by kind: FrameQA's type, which the public files
-    give as a number; where there is none, the question's first word (who, what, how, ...)."""
+    """An answer in words. The question's type, for accuracies by type: FrameQA's, which the public
+    files give as a number; where there is none, the first word (who, what, how, ...)."""
     question = text_of(row, "question")
-    kind = name_of({"type": question.split()[0].lower(), **row}, "answer_type", "type")
-    kind = {"0": "object", "1": "number", "2": "color", "3": "location"}.get(kind, kind)
-    return {"text": question, "answer": text_of(row, "answer"), "kind": kind}
+    name = name_of({"type": question.split()[0].lower(), **row}, "answer_type", "type")
+    name = {"0": "object", "1": "number", "2": "color", "3": "location"}.get(name, name)
+    return {"text": question, "answer": text_of(row, "answer"), "question_type": name}
 
 
 def soft_answer(row):
@@ -1136,8 +1133,8 @@ def soft_answer(row):
 
     The reference's jsonl brings the scores, in `labels`, and not what people said.
     """
-    kind = clean(row.get("answer_type") or "", "answer_type", blank=True)
-    question = {"text": text_of(row, "question"), "kind": kind}
+    name = clean(row.get("answer_type") or "", "answer_type", blank=True)
+    question = {"text": text_of(row, "question"), "question_type": name}
     if "labels" in row:
         labels = column(row, "labels", dict)
         if not all(type(n) in (int, float) and 0 <= n <= 1 for n in labels.values()):
@@ -1272,7 +1269,7 @@ class Layout(NamedTuple):
     files: tuple  # patterns for `find_files`, public names first; {split}: train, {Split}: Train
     toy: str  # which part of the toy data has this layout
     text_length: int  # Lt at most, [CLS] and [SEP] included
-    asked: object = caption  # row -> text, options, answer, kind of its Example
+    asked: object = caption  # row -> text, options, answer, ... of its Example
     top_answers: int | None = None  # open-ended: only the most frequent of training (None: all)
     paragraphs: bool = False  # are all sentences about a video one text?
     one_caption: bool = False  # a test video has one: R@1 among 20 of them is another figure
@@ -1368,7 +1365,7 @@ LAYOUTS = {
     # Answer counts are the reference's: 3,129 for VQA, 1,500 for MSRVTT-QA.
     **{f"tgif_qa_{kind}": Layout(
         (f"{{Split}}_{kind}_question*.csv", f"*{kind}*{{split}}*.jsonl",
-         f"*{{split}}*{kind}*.jsonl", f"{kind}/*{{split}}*.jsonl"), "tgif_qa", 25, asked)
+         f"*{{split}}*{kind}*.jsonl", f"{kind}/*{{split}}*.jsonl"), "videos", 25, asked)
        for kind, asked in (("action", choice), ("transition", choice), ("frameqa", open_answer),
                            ("count", count))},
     # 1k-A: train on the 9k (or 7k) listed videos, 20 captions each; test on 1,000 videos with ONE
@@ -1376,25 +1373,25 @@ LAYOUTS = {
     # its R@1 does not compare.
     "msrvtt_retrieval": Layout(
         ("MSRVTT_JSFUSION_{split}*.csv", "MSRVTT_{split}.9k*.csv", "MSRVTT_{split}.7k*.csv",
-         "*ret*{split}*.jsonl", *OWN), "msrvtt", 20, one_caption=True),
-    "didemo_retrieval": Layout(("{split}_data*.json", *OWN), "msrvtt", 100, paragraphs=True),
+         "*ret*{split}*.jsonl", *OWN), "videos", 20, one_caption=True),
+    "didemo_retrieval": Layout(("{split}_data*.json", *OWN), "videos", 100, paragraphs=True),
     "activitynet_retrieval": Layout(
-        ("{split}.*json", "{split}*.csv", *OWN), "msrvtt", 100, paragraphs=True,
+        ("{split}.*json", "{split}*.csv", *OWN), "videos", 100, paragraphs=True,
         instead={"val": ("val_1", "val1", "val"), "test": ("val_1", "val1", "test", "val")}),
     "msrvtt_qa": Layout(
-        ("{split}_qa*.json", "*qa*{split}*.jsonl", *OWN), "msrvtt", 100, open_answer,
+        ("{split}_qa*.json", "*qa*{split}*.jsonl", *OWN), "videos", 100, open_answer,
         top_answers=1500),
     # Which of five captions belongs to the video? No training: a retrieval model scores them.
     "msrvtt_mc": Layout(
-        ("*mc*{split}*.jsonl", "*{split}*.jsonl"), "msrvtt", 20, caption_choice, training="msrvtt_retrieval"),
+        ("*mc*{split}*.jsonl", "*{split}*.jsonl"), "videos", 20, caption_choice, training="msrvtt_retrieval"),
     "vqa": Layout(
-        ("*{split}*annotations*.json", "*annotations*{split}*.json", "*{split}*.jsonl"), "vqa", 20,
+        ("*{split}*annotations*.json", "*annotations*{split}*.json", "*{split}*.jsonl"), "photos", 20,
         soft_answer, top_answers=3129, instead={"test": ("test", "val")}),
     # COCO, MSRVTT and Visual Genome by their public names; where there are none, all tables.
     "pretrain": Layout(
         ("*caption[s_]*.json|MSRVTT_data*.json|*videodatainfo*.json|*region_descriptions*.json",
          "*.csv|*.tsv|*.jsonl"),
-        "coco_captions", 30, all_files=True),
+        "photos", 30, all_files=True),
 }  # fmt: skip
 # One's own questions are read, and cut, as MSRVTT-QA's. A limit of 100 tokens costs short ones
 # nothing, as a batch is only as long as its longest text.
@@ -1428,7 +1425,7 @@ def without_missing(examples, split, where, allow):
 # A photo of this world is one frame of such a GIF. The order of the random draws below is part of
 # the data: measured results were made with these very files, so a new order is a new TOY_VERSION.
 
-TOY_VERSION = 4  # a new number rewrites the toy data
+TOY_VERSION = 5  # a new number rewrites the toy data
 TOY_SIZE = 64  # pixels: the tiny model's L, which gives it a 4 x 4 grid
 # 8-second GIFs. 16 clips of one frame (the largest N_test) lie at most 2 frames apart, and no action
 # is shorter than 3: together they see every action that ends before the last part of a GIF, which
@@ -1503,6 +1500,11 @@ TOY_CAPTIONS = [
     "the {color} {shape} is on the {place}",
     "there are {moons} moons in the sky",
 ]
+
+# Every word of this world: pretrained on captions alone, a tiny model would have to spell what
+# fine-tuning asks.
+TOY_WORDS = [*TOY_COLORS, *TOY_SHAPES, *TOY_ACTIONS, *TOY_PLACES, *TOY_NUMBERS, "yes", "no", "is",
+             *TOY_SENTENCES, *(question for question, _ in TOY_QUESTIONS.values())]  # fmt: skip
 
 
 class ToyVideo(NamedTuple):
@@ -1609,21 +1611,16 @@ def write_toy_photo(path, rng):
     return photo
 
 
-def write_table(path, rows, separator=",", end="\n"):
-    """Dictionaries with the same keys, as a table with a header."""
+def write_table(path, rows):
+    """Dictionaries with the same keys, as TGIF-QA publishes them: TABs, CRLF, a header."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], delimiter=separator, lineterminator=end)
+        table = csv.DictWriter(file, rows[0], delimiter="\t")
         table.writeheader()
         table.writerows(rows)
 
 
 def write_json(path, contents):
     path.write_text(json.dumps(contents), encoding="utf-8")
-
-
-def numbered(key, rows):
-    """The rows with their numbers, which most public files call something else."""
-    return [{key: i} | row for i, row in enumerate(rows)]
 
 
 def toy_options(right, wrong, rng):
@@ -1636,24 +1633,35 @@ def toy_options(right, wrong, rng):
     return options, place
 
 
-# -------------------------------------------------- writing: the four parts
-# Sizes: all is drawn in half a minute, and the README's accuracies were learned from so many. 200
+# -------------------------------------------------- writing: videos, and all that is asked and said of them
+# Sizes: all is drawn in some twenty seconds, and the README's accuracies were learned from so many. 200
 # test examples are half a point each, with a standard error of at most 3.5 points.
-def write_toy_tgif_qa(folder, train=1000, test=200):
-    """TGIF-QA's layout: gifs/ and TAB-separated {Train,Test}_<kind>_question.csv for all four."""
-    for split, count in (("Train", train), ("Test", test)):
+def write_toy_videos(folder, train=1000, test=200):
+    """GIFs, with the files of TGIF-QA, MSRVTT-QA and of all retrieval tasks."""
+    for split, count in (("train", train), ("test", test)):
         # A random state for each split: its size changes nothing in the other one.
-        rng = random.Random(f"{split} 0")
-        videos = [toy_video(f"toy_{split.lower()}_{i:04d}", rng) for i in range(count)]
+        rng = random.Random(f"{split.title()} 0")
+        videos = [toy_video(f"toy_{split}_{i:04d}", rng) for i in range(count)]
         for video in videos:
             write_gif(draw_toy_video(video, rng), folder / "gifs" / f"{video.name}.gif")
-        for kind in ("action", "transition", "frameqa", "count"):
-            # Transition is the hardest of the four: twice as many questions to learn from.
-            more = [random.Random("more 0")] if (split, kind) == ("Train", "transition") else []
-            rows = [{"gif_name": video.name} | toy_columns(video, kind, draw)
-                    for draw in (rng, *more) for video in videos]  # fmt: skip
-            rows = [row | {"vid_id": f"{kind.upper()}{i}", "key": i} for i, row in enumerate(rows)]
-            write_table(folder / f"{split}_{kind}_question.csv", rows, "\t", "\r\n")  # as published
+        write_toy_questions(folder, split, videos, rng)
+        write_toy_captions(folder, split, videos, rng)
+
+
+def write_toy_questions(folder, split, videos, rng):
+    """TGIF-QA's {Train,Test}_<kind>_question.csv, all four, and MSRVTT-QA's {train,test}_qa.json."""
+    for kind in ("action", "transition", "frameqa", "count"):
+        # Transition is the hardest of the four: twice as many questions to learn from.
+        more = [random.Random("more 0")] if (split, kind) == ("train", "transition") else []
+        rows = [{"gif_name": video.name} | toy_columns(video, kind, draw)
+                for draw in (rng, *more) for video in videos]  # fmt: skip
+        write_table(folder / f"{split.title()}_{kind}_question.csv", rows)
+    # In a word: what the object does before something else, or what it is. Half and half: one needs
+    # several clips, the other a single frame. Two a video: the text says what is asked.
+    names = ["before" if rng.random() < 0.5 else rng.choice(TOY_LOOKS) for _ in range(2 * len(videos))]
+    asked = [{"video_id": video.name} | video.ask(name)
+             for video, name in zip(2 * videos, names, strict=True)]  # fmt: skip
+    write_json(folder / f"{split}_qa.json", asked)
 
 
 def toy_columns(video, kind, rng):
@@ -1672,145 +1680,75 @@ def toy_columns(video, kind, rng):
     return {"question": question, **{f"a{i}": o for i, o in enumerate(options, 1)}, "answer": place}
 
 
-# VQA's annotations name a photo by its number alone, so no number may stand for two: the numbers of
-# the second split begin behind those of the first.
-def write_toy_coco(folder, train=2000, val=200):
-    """COCO's layout: captions_{train,val}2017.json, {train,val}2017/<12 digits>.png."""
+def write_toy_captions(folder, split, videos, rng):
+    """What DiDeMo and ActivityNet have of two sentences a video; MSRVTT as the reference's jsonl."""
+    sentences = TOY_SENTENCES
+    if split == "test":
+        # A caption has to fit one video alone. 4 shapes and 28 pairs of actions make 112 contents,
+        # of which 200 videos show some 93.
+        videos = list({frozenset([v.shape, v.action, v.last]): v for v in videos}.values())
+        sentences = sentences[:1]  # as in 1k-A
+    said = [{"clip_name": v.name, "caption": v.say(text)} for v in videos for text in sentences]
+    write_lines(folder / f"msrvtt_ret_{split}.jsonl", said)
+    # Both sentences stand for the whole video: GIFs loop, and retrieval reads no time stamps.
+    both = {v.name: [v.say("the {shape} does {action}"), v.say("the {shape} does {last}")] for v in videos}
+    moments = [{"video": name, "description": text} for name, pair in both.items() for text in pair]
+    write_json(folder / f"{split}_data.json", moments)
+    # ActivityNet's test answers are secret: what the field calls its test is the file val_1.
+    paragraphs = {name: {"sentences": pair} for name, pair in both.items()}
+    write_json(folder / f"{'val_1' if split == 'test' else split}.json", paragraphs)
+    if split == "test":  # multiple choice: the wrong options are the captions of four other videos
+        texts = [row["caption"] for row in said]
+        drawn = [toy_options(text, texts[:i] + texts[i + 1 :], rng) for i, text in enumerate(texts)]
+        rows = [{"clip_name": video.name, "options": options, "answer": place}
+                for video, (options, place) in zip(videos, drawn, strict=True)]  # fmt: skip
+        write_lines(folder / "msrvtt_mc_test.jsonl", rows)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# -------------------------------------------------- writing: photos, with captions and questions
+def write_toy_photos(folder, train=2000, val=200):
+    """Photos {train,val}2017/<12 digits>.png, with the files of COCO's captions and of VQA v2."""
     # Pretraining has no test: its validation says how well a masked word and a match are guessed.
+    # VQA names a photo by its number alone: those of the second split begin behind the first's.
     for split, first, count in (("train", 1, train), ("val", train + 1, val)):
-        rng, images, said = random.Random(f"photos {split} 0"), [], []
-        for number in range(first, first + count):
-            photo = write_toy_photo(folder / f"{split}2017" / f"{number:012d}.png", rng)
-            images.append({"id": number, "file_name": photo.name, "width": TOY_SIZE, "height": TOY_SIZE})
-            said += [{"image_id": number, "caption": photo.say(text)} for text in TOY_CAPTIONS]
-        write_json(folder / f"captions_{split}2017.json",
-                   {"images": images, "annotations": numbered("id", said)})  # fmt: skip
+        rng = random.Random(f"photos {split} 0")
+        photos = [(number, write_toy_photo(folder / f"{split}2017" / f"{number:012d}.png", rng))
+                  for number in range(first, first + count)]  # fmt: skip
+        images = [{"id": number, "file_name": photo.name} for number, photo in photos]
+        said = [{"image_id": number, "caption": photo.say(text)}
+                for number, photo in photos for text in TOY_CAPTIONS]  # fmt: skip
+        write_json(folder / f"captions_{split}2017.json", {"images": images, "annotations": said})
+        rows = [{"question_id": i, "image_id": number} | toy_vqa_columns(photo, rng)
+                for i, (number, photo) in enumerate(2 * photos)]  # fmt: skip
+        questions = [{k: row[k] for k in ("question_id", "image_id", "question")} for row in rows]
+        write_json(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", {"questions": questions})
+        write_json(folder / f"v2_mscoco_{split}2014_annotations.json", {"annotations": rows})
 
 
-def write_toy_vqa(folder, train=1500, test=200):
-    """VQA v2's layout: official questions and annotations, two questions a photo."""
-    for split, first, count in (("train2014", 1, train), ("val2014", train + 1, test)):
-        rng, questions, annotations = random.Random(f"vqa {split} 0"), [], []
-        for number in range(first, first + count):
-            photo = write_toy_photo(folder / split / f"COCO_{split}_{number:012d}.png", rng)
-            for _ in range(2):
-                question, answer, kind = toy_vqa_question(photo, rng)
-                # Ten people answer, and one has not looked: soft scores, as in the real data.
-                people = [answer] * 9 + [rng.choice([*TOY_COLORS, *TOY_SHAPES, "yes", "no"])]
-                said = [{"answer": given, "answer_id": i} for i, given in enumerate(people, 1)]
-                ids = {"question_id": len(questions), "image_id": number}
-                questions.append(ids | {"question": question})
-                annotations.append(ids | {"answers": said, "answer_type": kind, "multiple_choice_answer": answer})
-        write_json(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions})
-        write_json(folder / f"v2_mscoco_{split}_annotations.json", {"annotations": annotations})
-
-
-def toy_vqa_question(photo, rng):
-    """(question, answer, answer type): yes/no, number or other, as the official files name them."""
+def toy_vqa_columns(photo, rng):
+    """One question about a photo, with what ten people answer."""
+    name = rng.choice(TOY_LOOKS)
+    kind, asked = "number" if name == "number" else "other", photo.ask(name)
     if rng.random() < 0.3:
         # The true colour half of the time, else any of the eight: "yes" is right in 56%, so that
         # it can't be guessed.
         color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
         answer = "yes" if color == photo.color else "no"
-        return f"is the {photo.shape} {color} ?", answer, "yes/no"
-    # Of the others, too, .3 ask for the action; an idle object does nothing to be asked for.
-    acts = photo.action != "nothing" and rng.random() < 0.3
-    name = "now" if acts else rng.choice(TOY_LOOKS)
-    return *photo.ask(name).values(), "number" if name == "number" else "other"
-
-
-def write_toy_msrvtt(folder, train=1000, test=100, seed=0):
-    """MSRVTT's layout, for retrieval (1k-A), question answering and multiple choice.
-
-    Videos 0 .. test-1 are the test. The same videos stand there in DiDeMo's and ActivityNet's
-    layouts, too. (GIFs, not MP4s: they decode in a millisecond.)
-    """
-    rng = random.Random(f"msrvtt {seed}")
-    videos = toy_msrvtt_videos(folder / "videos", train, test, rng)
-    tests, trains = videos[:test], videos[test:]
-    splits = [{"video_id": video.name, "split": "test" if video in tests else "train"}
-              for video in videos]  # fmt: skip
-    said = [{"video_id": v.name, "caption": v.say(text)} for v in videos for text in TOY_SENTENCES]
-    contents = {"videos": splits, "sentences": numbered("sen_id", said)}
-    write_json(folder / "MSRVTT_data.json", contents)
-    # Retrieval's own split: the published file names the training videos alone, whose captions
-    # stand in MSRVTT_data.json. The test's file has one caption a video.
-    write_table(folder / "MSRVTT_train.9k.csv", [{"video_id": v.name} for v in trains])
-    first = [video.say(TOY_SENTENCES[0]) for video in tests]
-    rows = [{"key": f"ret{i}", "vid_key": f"msr{i}", "video_id": f"video{i}", "sentence": text}
-            for i, text in enumerate(first)]  # fmt: skip
-    write_table(folder / "MSRVTT_JSFUSION_test.csv", rows)
-    # ActivityNet's test answers are secret: what the field calls its test is the file val_1.
-    write_toy_msrvtt_split(folder, "train", "train", trains, rng)
-    write_toy_msrvtt_split(folder, "test", "val_1", tests, rng)
-    # Multiple choice: the wrong options are the test captions of four other videos. No two test
-    # videos have the same content, so the right option is the only one that fits.
-    lines = ""
-    for i, text in enumerate(first):
-        options, place = toy_options(text, first[:i] + first[i + 1 :], rng)
-        lines += json.dumps({"clip_name": f"video{i}", "options": options, "answer": place}) + "\n"
-    (folder / "msrvtt_mc_test.jsonl").write_text(lines, encoding="utf-8")
-
-
-def toy_msrvtt_videos(folder, train, test, rng):
-    """Draw and write the videos. No two of the test show the same shape with the same two actions.
-
-    Else a caption would fit two of them. There are 4 x 28 = 112 contents, so at most 112 tests.
-    """
-    seen, videos = [], []
-    while len(videos) < test + train:
-        video = toy_video(f"video{len(videos)}", rng)
-        content = {video.shape, video.action, video.last}
-        if len(videos) >= test or content not in seen:
-            seen.append(content)
-            videos.append(video)
-            write_gif(draw_toy_video(video, rng), folder / f"{video.name}.gif")
-    return videos
-
-
-def write_toy_msrvtt_split(folder, split, activitynet, videos, rng):
-    """Open questions (MSRVTT-QA) and paragraphs of two sentences (DiDeMo, ActivityNet)."""
-    questions, moments, paragraphs = [], [], {}
-    for video in videos:
-        # Three a video: each is drawn anew, so that the text, and not the video, says what is asked.
-        for _ in range(3):
-            # In a word: what the object does before something else, or what it is. Half and half:
-            # one needs several clips, the other a single frame.
-            name = "before" if rng.random() < 0.5 else rng.choice(TOY_LOOKS)
-            number = int(video.name.removeprefix("video"))  # as published, without "video"
-            questions.append(video.ask(name) | {"video_id": number})
-        both = [video.say("the {shape} does {action}"), video.say("the {shape} does {last}")]
-        moments += [{"video": video.name, "description": text} for text in both]
-        # Both sentences stand for the whole video: GIFs loop, and retrieval reads no time stamps.
-        times = {"duration": TOY_FRAMES / TOY_FPS, "timestamps": [[0, 8]] * 2}
-        paragraphs[video.name] = times | {"sentences": both}
-    write_json(folder / f"{split}_qa.json", numbered("id", questions))
-    write_json(folder / f"{split}_data.json", numbered("annotation_id", moments))
-    write_json(folder / f"{activitynet}.json", paragraphs)
+        kind, asked = "yes/no", {"question": f"is the {photo.shape} {color} ?", "answer": answer}
+    elif photo.action != "nothing" and rng.random() < 0.3:  # an idle one does nothing to be asked for
+        kind, asked = "other", photo.ask("now")
+    # One of the ten has not looked: soft scores, as in the real data.
+    people = [asked["answer"]] * 9 + [rng.choice([*TOY_COLORS, *TOY_SHAPES, "yes", "no"])]
+    return {"question": asked["question"], "answer_type": kind,
+            "answers": [{"answer": said} for said in people]}  # fmt: skip
 
 
 # -------------------------------------------------- the whole
-def toy_texts(folder):
-    """Questions and answers of the toy tasks: a vocabulary from captions and these serves them all.
-
-    The tiny model's words come from its training texts. One pretrained on captions alone would
-    have to spell what fine-tuning asks.
-    """
-    tasks = ("tgif_qa_action", "tgif_qa_transition", "tgif_qa_frameqa", "tgif_qa_count",
-             "msrvtt_retrieval", "msrvtt_qa", "vqa")  # fmt: skip
-    texts = []
-    for layout in (LAYOUTS[task] for task in tasks):
-        for example in layout.read(folder / layout.toy, split="train"):
-            texts += input_texts(example)
-            # VQA's is {answer: score}. A place among options or a count adds no word: every
-            # vocabulary has all digits.
-            answer = example.answer
-            texts += answer if isinstance(answer, dict) else [str(answer or "")]
-    return texts
-
-
-TOY_PARTS = {"tgif_qa": write_toy_tgif_qa, "msrvtt": write_toy_msrvtt, "vqa": write_toy_vqa,
-             "coco_captions": write_toy_coco}  # fmt: skip
+TOY_PARTS = {"videos": write_toy_videos, "photos": write_toy_photos}
 
 
 def toy_data(*parts, folder="toy_data"):

@@ -396,12 +396,13 @@ def whole_count(number):
 
 
 def metrics(examples, grades):
-    """Means of the grades; accuracies in percent, also of each kind of question (FrameQA, VQA)."""
+    """Means of the grades; accuracies in percent, also of each type of question (FrameQA, VQA)."""
     if "mse" in grades[0]:
         return {name: mean(row[name] for row in grades) for name in ("mse", "mse_rounded")}
-    values = {"accuracy": []}
+    values = {}
     for example, row in zip(examples, grades, strict=True):
-        for name in ["accuracy", f"accuracy_{example.kind}"] if example.kind else ["accuracy"]:
+        # most questions have no type: then both names are one
+        for name in {"accuracy", f"accuracy_{example.question_type}".rstrip("_")}:
             values.setdefault(name, []).append(100 * row["accuracy"])
     return {name: mean(values[name]) for name in sorted(values)}
 

@@ -145,7 +145,7 @@ def train(s, model, collate, training, examples, val):
 def load_examples(s):
     """(training, validation) examples of all folders: groups of captions of one image."""
     examples, val = [], []
-    for folder in s.data or [data.toy_data("coco_captions") / "coco_captions"]:
+    for folder in s.data or [data.toy_data("photos") / "photos"]:
         parts = load_folder(s, folder)
         examples, val = examples + parts[0], val + parts[1]
     return data.caption_groups(examples, s.captions), data.caption_groups(val, s.captions)
@@ -192,14 +192,12 @@ def images_of(examples):
 def new_model(s, state, examples):
     """-> (model, vocabulary); state: the checkpoint of --init, or None.
 
-    A tiny model's words: of the captions, and, of the toy data, of all toy questions, which
-    fine-tuning will need.
+    A tiny model's words: of the captions, and, of the toy data, of all that fine-tuning will ask.
     """
     texts = [text for example in examples for text in example.captions]
     model, vocabulary = clipbert.start_model(
         clipbert.ClipBertForPreTraining, s, state,
-        lambda: data.vocabulary_from_text(
-            texts + ([] if s.data else data.toy_texts(data.toy_data()))),
+        lambda: data.vocabulary_from_text(texts + ([] if s.data else data.TOY_WORDS)),
         lambda: data.read_vocabulary(s.bert),
     )  # fmt: skip
     clipbert.check_size(s, model.cfg)

@@ -155,7 +155,7 @@ def main():
     if unknown := set(args.claims) - set(CLAIMS):
         parser.error(f"no claim {min(unknown)!r}; there are {', '.join(CLAIMS)}")
     seeds = (0,) if args.quick else (0, 1, 2)
-    data.toy_data("tgif_qa")
+    data.toy_data("videos")
     if not PRETRAINED.exists():
         pretrain.run_training({})
     chosen = {name: CLAIMS[name] for name in args.claims or CLAIMS}

@@ -27,9 +27,8 @@ def drawn(write, name, **size):
     return pytest.fixture(draw, scope="session")
 
 
-toy_tgif_qa = drawn(data.write_toy_tgif_qa, "tgif_qa", train=12, test=6)  # the questions of all four tasks
-toy_coco = drawn(data.write_toy_coco, "coco_captions", train=20, val=6)  # photos with their six captions each
-toy_msrvtt = drawn(data.write_toy_msrvtt, "msrvtt", train=12, test=6)
+toy_videos = drawn(data.write_toy_videos, "videos", train=12, test=6)
+toy_photos = drawn(data.write_toy_photos, "photos", train=20, val=6)
 
 
 def run(script, *arguments):

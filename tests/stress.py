@@ -323,8 +323,8 @@ STEPS = ["--max_steps", 30, "--save_every", 1]
 def undisturbed():
     """-> toy data, a folder to work in, the folder of a whole run, how many seconds that took."""
     with tempfile.TemporaryDirectory() as work:
-        folder, out, began = Path(work) / "tgif_qa", Path(work) / "whole", time.time()
-        data.write_toy_tgif_qa(folder, train=24, test=2)
+        folder, out, began = Path(work) / "videos", Path(work) / "whole", time.time()
+        data.write_toy_videos(folder, train=24, test=6)
         code = finish(start(folder, out, *STEPS))
         assert code == 0, errors(out)
         yield folder, Path(work), out, time.time() - began

@@ -9,13 +9,13 @@ import data
 import finetune
 
 
-def test_variants_give_flags_that_there_are_and_one_of_them_runs(toy_tgif_qa, monkeypatch):
+def test_variants_give_flags_that_there_are_and_one_of_them_runs(toy_videos, monkeypatch):
     for _, variants in ablations.CLAIMS.values():
         for variant in variants.values():
             finetune.parse_arguments([*variant.start.split(), *variant.flags.split()])
     monkeypatch.setattr(data, "read_clips", data.read_clips)  # whatever is put there goes after the test
     monkeypatch.setattr(clipbert.ClipBert, "encode_frames", clipbert.ClipBert.encode_frames)
-    flags = f"--data {toy_tgif_qa} --max_steps 1 --grad_accum 1 --size 32 --test_clips 1 2"
+    flags = f"--data {toy_videos} --max_steps 1 --grad_accum 1 --size 32 --test_clips 1 2"
     changes = (ablations.other_videos, ablations.different_clips, ablations.frozen_cnn)
     assert ablations.train(ablations.Variant(flags, changes, start=""), seed=0).keys() == {"1", "2"}
 

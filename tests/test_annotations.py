@@ -157,7 +157,7 @@ def test_vqa_soft_scores_and_official_accuracy(tmp_path):
     vqa(tmp_path, ["2"] * 2 + ["Two."] + ["a dog", "the dog"] + ["3"] + ["dont know"] * 4)
     example, = data.read_examples("vqa", tmp_path, "train")
     assert example.answer == {"2": 1, "dog": 2 / 3, "3": 1 / 3, "don't know": 1}
-    assert (example.video, example.kind, len(example.people)) == ("000000000009", "number", 10)
+    assert (example.video, example.question_type, len(example.people)) == ("000000000009", "number", 10)
     official = {"2": .9, "two": .9, "dog": .6, "3": .3, "don't know": 1, "cat": 0}  # 3 people: 3 x 2/3 + 7 x 1
     assert {answer: pytest.approx(data.vqa_accuracy(answer, example)) for answer in official} == official
     unanimous = example._replace(people=("two",) * 10)  # here the official script compares letter by letter

@@ -10,7 +10,7 @@ import torch
 
 import clipbert
 
-SMALL = replace(clipbert.ClipBertConfig.tiny(50), hidden_size=32, layers=1, intermediate_size=32)
+SMALL = replace(clipbert.ClipBertConfig.tiny(50), hidden_size=32, num_hidden_layers=1, intermediate_size=32)
 
 
 def test_step_and_memory_are_measured_for_both_tasks(capsys):

@@ -50,8 +50,8 @@ def close(actual, expected, tolerance):
 
 
 # The smallest models that still have every part.
-TINY = replace(clipbert.ClipBertConfig.tiny(vocab_size=200), hidden_size=32, layers=2, intermediate_size=64)
-R50 = replace(clipbert.ClipBertConfig.base(), hidden_size=32, layers=1, heads=4, intermediate_size=64, vocab_size=100)
+TINY = replace(clipbert.ClipBertConfig.tiny(vocab_size=200), hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+R50 = replace(clipbert.ClipBertConfig.base(), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=100)
 
 
 def batch(videos=2, frames=2, texts=1, size=64, length=8, vocab=100):
@@ -266,7 +266,7 @@ def test_trajectory_of_training_steps_is_the_references(steps):
 
 
 TOY = clipbert.ClipBertConfig.tiny(vocab_size=1000)
-BASE = replace(clipbert.ClipBertConfig.base(), layers=2, vocab_size=1000)
+BASE = replace(clipbert.ClipBertConfig.base(), num_hidden_layers=2, vocab_size=1000)
 
 
 @pytest.mark.parametrize("cfg, cells", [(TOY, 4), (BASE, 1)], ids=["tiny", "base"])
@@ -282,7 +282,7 @@ def test_init_loss_of_every_head_is_ln_classes(cfg, cells):
     for p in (scores[0].view(2, 5), *scores[1:]):
         every_label = -p.log_softmax(-1).mean().item()  # cross entropy, each label once for each video
         assert every_label == pytest.approx(math.log(p.shape[-1]), rel=0.05), p.shape
-    assert model.bert.embeddings.word_embeddings.weight.std().item() == pytest.approx(cfg.init_std, rel=0.1)
+    assert model.bert.embeddings.word_embeddings.weight.std().item() == pytest.approx(cfg.initializer_range, rel=0.1)
     grid = model.encode_frames(inputs[0])
     assert grid.shape[2:4] == (cells, cells) and 0.01 < grid.std() < 1  # it neither vanishes nor explodes
 
@@ -366,8 +366,8 @@ def test_waste_a_training_step_never_waits_for_the_device(kind):
 
 
 # A BERT that agrees with bert-base-uncased in nothing.
-SIZES = {"vocab_size": 60, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 48, "activation": "relu",
-         "positions": 40, "layer_norm_eps": 1e-5}  # fmt: skip
+SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 48, "hidden_act": "relu", "max_position_embeddings": 40, "layer_norm_eps": 1e-5}  # fmt: skip
 SMALL = clipbert.bert_config(replace(clipbert.ClipBertConfig.base(), **SIZES))
 
 
@@ -483,7 +483,8 @@ def test_start_without_network_lists_the_choices(files, monkeypatch, which):
 
 def test_start_from_a_checkpoint_of_ours_brings_its_sizes_and_words():
     """Whatever this run's own would be: every field of the configuration, every weight."""
-    cfg = replace(TINY, caffe_strides=True, bgr=True, pixel_std=(1.0, 2.0, 3.0), positions=40, activation="relu")
+    cfg = replace(TINY, caffe_strides=True, bgr=True, pixel_std=(1.0, 2.0, 3.0), max_position_embeddings=40,
+                  hidden_act="relu")
     first = clipbert.ClipBert(cfg, 3)
     state, s = {"config": asdict(cfg), "model": first.state_dict(), "vocabulary": ["a"]}, settings(init="last.pt")
     model, vocabulary = clipbert.start_model(lambda cfg: clipbert.ClipBert(cfg, 3), s, state, None, None)

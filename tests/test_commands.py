@@ -33,7 +33,7 @@ class Attack:
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, toy_tgif_qa, toy_coco):
+def places(tmp_path_factory, toy_videos, toy_photos):
     tmp = tmp_path_factory.mktemp("commands")
     (tmp / "empty").mkdir()
     (tmp / "text.pt").write_text("not a checkpoint")
@@ -42,8 +42,8 @@ def places(tmp_path_factory, toy_tgif_qa, toy_coco):
     torch.save([1, 2], tmp / "list.pt")
     torch.save({"config": {"n_layer": 12}, "model": {}}, tmp / "gpt.pt")
     torch.save({"conv.weight": torch.zeros(1)}, tmp / "other.pt")
-    places = {"tmp": tmp, "toy": toy_tgif_qa, "captions": toy_coco, "run": tmp / "run", "pre": tmp / "pre"}
-    places["gif"] = toy_tgif_qa / "gifs" / "toy_test_0000.gif"
+    places = {"tmp": tmp, "toy": toy_videos, "captions": toy_photos, "run": tmp / "run", "pre": tmp / "pre"}
+    places["gif"] = toy_videos / "gifs" / "toy_test_0000.gif"
     command("finetune --data {toy} --out {run} --batch_size 2 --max_steps 1 --test_clips 1".format(**places))
     command("pretrain --data {captions} --out {pre} --batch_size 2 --max_steps 1".format(**places))
     return places
@@ -72,7 +72,7 @@ WRONG = [  # command, words of its one line
     ("finetune --data {toy} --out {run} --resume --task tgif_qa_count", "last.pt: was begun with --task tgif_qa_action, not tgif_qa_count; leave"),
     ("finetune --data {toy} --out {tmp}/empty --resume", "last.pt: no such checkpoint start anew with --overwrite"),
     ("finetune --data {toy} --init {tmp}/none.pt", "none.pt: no such checkpoint give a file"),
-    ("finetune --data {toy} --init {toy}", "tgif_qa: no such checkpoint (Is a directory) give a file"),
+    ("finetune --data {toy} --init {toy}", "videos: no such checkpoint (Is a directory) give a file"),
     ("finetune --data {toy} --init {tmp}/text.pt", "text.pt: not a whole checkpoint copy the file again"),
     ("finetune --data {toy} --init {tmp}/attack.pt", "attack.pt: not a whole checkpoint of tensors and plain values"),
     ("finetune --data {toy} --init {tmp}/list.pt", "list.pt: is a list, not named values"),
@@ -99,7 +99,7 @@ WRONG = [  # command, words of its one line
     ("data show {gif} --clip 2", "unrecognized arguments: --clip did you mean --clips?"),
     ("data show {gif} --out sheet.nonsense", "nonsense"),
     ("data show {gif} --out none/a.png", "none/a.png"),
-    ("data toy {tmp}/text.pt", "text.pt/tgif_qa: Not a directory choose another directory"),
+    ("data toy {tmp}/text.pt", "text.pt/videos: Not a directory choose another directory"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
     WRONG.append(("finetune --data {toy} --precision fp16", "--precision fp16 needs a GPU: choose fp32 or bf16"))

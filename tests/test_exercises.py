@@ -30,7 +30,7 @@ import finetune
 
 HERE = Path(__file__).parent
 PRETRAIN, RETRIEVAL = (json.loads((HERE / f"golden_{name}.json").read_text()) for name in ("pretrain", "retrieval"))
-TINY = replace(clipbert.ClipBertConfig.tiny(vocab_size=200), hidden_size=32, layers=2, intermediate_size=64)
+TINY = replace(clipbert.ClipBertConfig.tiny(vocab_size=200), hidden_size=32, num_hidden_layers=2, intermediate_size=64)
 
 
 torch.set_num_threads(1)  # the models are tiny

@@ -49,9 +49,9 @@ def test_masks_do_not_depend_on_the_other_texts_of_the_batch():
     assert (one["mlm_labels"] != -100).any()
 
 
-def test_evaluation_comes_at_the_ends_of_epochs_or_when_it_is_asked_for(toy_coco, tmp_path, monkeypatch, capsys):
+def test_evaluation_comes_at_the_ends_of_epochs_or_when_it_is_asked_for(toy_photos, tmp_path, monkeypatch, capsys):
     def evaluations(out, *more):
-        short(toy_coco, out, "--captions", 6, "--max_steps", 12, "--mask_rate", 0.5, *more)
+        short(toy_photos, out, "--captions", 6, "--max_steps", 12, "--mask_rate", 0.5, *more)
         return [row["step"] for row in lines(out / "log.jsonl") if "mlm_accuracy" in row]
 
     monkeypatch.setitem(pretrain.TINY, "eval_every", None)  # what base has
@@ -60,13 +60,13 @@ def test_evaluation_comes_at_the_ends_of_epochs_or_when_it_is_asked_for(toy_coco
     assert evaluations(tmp_path / "asked", "--eval_every", 8) == [8, 12]
 
 
-def test_evaluation_looks_at_2000_images_of_a_folder_at_most(toy_coco, tmp_path, monkeypatch, capsys):
+def test_evaluation_looks_at_2000_images_of_a_folder_at_most(toy_photos, tmp_path, monkeypatch, capsys):
     assert pretrain.MOST_VALIDATION == 2000
     monkeypatch.setattr(pretrain, "MOST_VALIDATION", 3)
-    s = settings(pretrain, data=[toy_coco], captions=2)
+    s = settings(pretrain, data=[toy_photos], captions=2)
     train, val = pretrain.load_examples(s)
     assert len({example.video for example in val}) == 3 and len({example.video for example in train}) == 20
-    shutil.copytree(toy_coco / "train2017", tmp_path / "own" / "images")
+    shutil.copytree(toy_photos / "train2017", tmp_path / "own" / "images")
     rows = [{"path": f"{i:012d}.png", "caption": f"{word} {i}"} for i in range(1, 21) for word in "ab"]
     s.data.append(save(tmp_path, "own/captions.jsonl", rows).parent)
     train, val = pretrain.load_examples(s)
@@ -76,10 +76,10 @@ def test_evaluation_looks_at_2000_images_of_a_folder_at_most(toy_coco, tmp_path,
     assert (len(seen), len(held_out), len(seen | held_out)) == (18, 2, 20)
 
 
-def test_fixed_masks_make_two_evaluations_agree(toy_coco, tmp_path):
-    said = short(toy_coco, tmp_path)
-    run(pretrain, "--data", toy_coco, "--eval", tmp_path / "last.pt", "--seed", 5, "--batch_size", 3)
-    again = metrics(tmp_path, "-last-val-coco_captions")
+def test_fixed_masks_make_two_evaluations_agree(toy_photos, tmp_path):
+    said = short(toy_photos, tmp_path)
+    run(pretrain, "--data", toy_photos, "--eval", tmp_path / "last.pt", "--seed", 5, "--batch_size", 3)
+    again = metrics(tmp_path, "-last-val-photos")
     drop = {"seconds", "mlm_loss", "itm_loss"}  # losses up to rounding: other batches
     assert {k: v for k, v in again.items() if k not in drop} == {k: v for k, v in said.items() if k not in drop}
     assert again["mlm_loss"] == pytest.approx(said["mlm_loss"], abs=1e-3)
@@ -87,8 +87,8 @@ def test_fixed_masks_make_two_evaluations_agree(toy_coco, tmp_path):
     assert said["matched"] == said["captions"] / 2
 
 
-def test_checkpoint_starts_a_finetuning(toy_coco, tmp_path):
-    short(toy_coco, tmp_path)
+def test_checkpoint_starts_a_finetuning(toy_photos, tmp_path):
+    short(toy_photos, tmp_path)
     state = clipbert.load_checkpoint(tmp_path / "last.pt")
     assert "num_outputs" not in state
     report = clipbert.copy_weights(clipbert.ClipBert(clipbert.config_from(state), 5), state["model"])
@@ -96,10 +96,10 @@ def test_checkpoint_starts_a_finetuning(toy_coco, tmp_path):
     assert all(name.startswith("cls.") for name in report["unexpected"]) and not report["mismatched"]
 
 
-def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped(toy_coco):
+def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped(toy_photos):
     """Four photos, each with one caption of its own: ITM must become right, and must come from looking."""
     torch.manual_seed(0)
-    paths = [toy_coco / "train2017" / f"{i:012d}.png" for i in range(1, 5)]
+    paths = [toy_photos / "train2017" / f"{i:012d}.png" for i in range(1, 5)]
     frames = torch.stack([data.read_clips(path, 1, 1, 1.0, 64, False)[0] for path in paths])
     ids = torch.tensor([[2, word, 3] for word in (5, 6, 7, 8)] * 4)  # all four captions of every image
     labels = torch.eye(4, dtype=torch.long).flatten()

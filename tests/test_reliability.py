@@ -27,8 +27,8 @@ import pretrain
 
 STEPS = ["--max_steps", 12, "--save_every", 1]
 
-toy = drawn(data.write_toy_tgif_qa, "tgif_qa", train=13, test=2)  # in batches of 4 an epoch ends in one
-photos = drawn(data.write_toy_coco, "coco_captions", train=13, val=4)
+toy = drawn(data.write_toy_videos, "videos", train=13, test=6)  # in batches of 4 an epoch ends in one
+photos = drawn(data.write_toy_photos, "photos", train=13, val=4)
 both = pytest.mark.parametrize("script", [finetune, pretrain], ids=["finetune", "pretrain"])
 
 
@@ -272,7 +272,7 @@ def test_overwritten_is_nothing_by_an_evaluation_and_blind_is_remembered(script,
     capsys.readouterr()
     here(folder, None, "--eval", out / "best.pt", script=script)
     after = {path.name: path.read_bytes() for path in out.iterdir()}
-    ending = "best-tgif_qa_action-test-tgif_qa-blind" if script is finetune else "best-val-coco_captions-blind"
+    ending = "best-tgif_qa_action-test-videos-blind" if script is finetune else "best-val-photos-blind"
     added = {f"metrics-{ending}.json"} | ({f"predictions-{ending}.jsonl"} if script is finetune else set())
     assert before.items() <= after.items() and after.keys() - before.keys() == added
     assert json.loads(after[f"metrics-{ending}.json"])["blind"] is True

@@ -3,6 +3,7 @@ and the cheap order of evaluation. The metrics are an exercise, see test_exercis
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ class Job:
         return finetune.score_pairs(*self.parts, texts, grids, rerank), errors
 
 
-def test_evaluation_of_pairs_equals_scoring_each_pair_alone_and_runs_the_cnn_once_a_video(toy_msrvtt):
-    job, calls = Job(toy_msrvtt), []
+def test_evaluation_of_pairs_equals_scoring_each_pair_alone_and_runs_the_cnn_once_a_video(toy_videos):
+    job, calls = Job(toy_videos), []
     job.model.cnn.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
     scores, errors = job.scores(n_clips=3)
     assert calls == [3] * len(job.videos) and not errors
@@ -61,21 +62,20 @@ def test_evaluation_of_pairs_equals_scoring_each_pair_alone_and_runs_the_cnn_onc
         assert scores[i, j].item() == pytest.approx(score.item(), abs=1e-5)
 
 
-def test_evaluation_of_a_video_that_cannot_be_read_never_retrieves_it(toy_msrvtt, tmp_path):
-    shutil.copytree(toy_msrvtt, tmp_path / "toy")
-    (tmp_path / "toy" / "videos" / "video2.gif").write_bytes(b"")
-    job = Job(tmp_path / "toy")
-    place = [example.video for example in job.videos].index("video2")
+def test_evaluation_of_a_video_that_cannot_be_read_never_retrieves_it(toy_videos, tmp_path):
+    shutil.copytree(toy_videos, tmp_path / "toy")
+    job, place = Job(tmp_path / "toy"), 2
+    Path(job.videos[place].path).write_bytes(b"")
     scores, errors = job.scores(1)
-    assert len(errors) == 1 and "video2.gif" in errors[0]
+    assert len(errors) == 1 and job.videos[place].path in errors[0]
     assert (scores[:, place] == 0).all() and (scores[:, 0] > 0).all()
     scores, _ = job.scores(2, rerank=5)  # five of six videos: not even there
     assert (scores.argmin(1) == place).all()
 
 
-def test_evaluation_in_two_stages_scores_the_best_in_full_and_ranks_all_others_below(toy_msrvtt):
+def test_evaluation_in_two_stages_scores_the_best_in_full_and_ranks_all_others_below(toy_videos):
     """For each caption K pairs hold their exhaustive score; the others, in the order of one clip, a negative one."""
-    job = Job(toy_msrvtt, fps=1.0)
+    job = Job(toy_videos, fps=1.0)
     full, two, everything = (job.scores(4, rerank)[0] for rerank in (None, 2, 6))
     one = job.scores(1)[0]  # the middle clip, as clip 2 of 4 uniform ones
     assert torch.equal(full, everything)
@@ -90,9 +90,9 @@ def test_evaluation_in_two_stages_scores_the_best_in_full_and_ranks_all_others_b
     assert finetune.evaluate(*job.parts, job.examples, [1, 4])[0] == by_clips
 
 
-def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy_msrvtt, monkeypatch):
+def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy_videos, monkeypatch):
     texts = ["the star", "the star does jump before spin", "star", "the star does jump"] * 400
-    job, masks = Job(toy_msrvtt), []
+    job, masks = Job(toy_videos), []
     monkeypatch.setattr(job.model, "classify", lambda grid, ids, mask: masks.append(mask) or torch.zeros(len(ids), 2))
     scores = finetune.score_pairs(job.s, job.model, job.collate, texts, [torch.zeros(2, 4, 4, 96)])
     assert (scores == 0.5).all() and sum(len(mask) for mask in masks) == 2 * 1600  # each for two clips
@@ -101,10 +101,10 @@ def test_evaluation_batches_hold_every_caption_once_with_little_padding(toy_msrv
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_and_choice_among_captions_are_those_of_retrieval(toy_msrvtt, precision, dtype):
+def test_precision_and_choice_among_captions_are_those_of_retrieval(toy_videos, precision, dtype):
     """Grids wait in that of the computation; scores have more, so that they hardly ever agree by chance. Those of a
     choice are the same, up to the rounding of other batches inside the transformer."""
-    job = Job(toy_msrvtt, "msrvtt_mc", precision=precision)
+    job = Job(toy_videos, "msrvtt_mc", precision=precision)
     grids, _ = finetune.encode_videos(*job.parts, job.videos, 2)
     assert {grid.dtype for grid in grids} == {dtype} and grids[0].shape == (2, 4, 4, 96)
     results, _ = finetune.score_videos(*job.parts, job.examples, 1)

@@ -20,7 +20,7 @@ WIDTH = data.WIDTH + 2 * data.MARGIN
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sheet") / "toy"
-    data.write_toy_tgif_qa(folder, train=6, test=4)
+    data.write_toy_videos(folder, train=6, test=6)
     run(finetune, "--data", folder, "--out", folder.parent / "run", "--batch_size", 2, "--max_steps", 2, "--test_clips", 1, 3)
     return folder
 
@@ -149,15 +149,15 @@ def test_training_leaves_right_and_wrong_examples(toy, seen, drawn):
     with pytest.raises(data.DataError, match="no such file"):
         finetune.look(replace(seen[0], blind=True), *seen[1:3], examples[0], 1)
     rows = [{"clips": 2, "accuracy": word == "Right"} for word in words]
-    finetune.example_sheet(*seen[:3], examples, rows)
-    for title, word, e in zip(titles(drawn, *words), words, examples, strict=True):
+    finetune.example_sheet(*seen[:3], examples[:4], rows)
+    for title, word, e in zip(titles(drawn, *words), words, examples[:4], strict=True):
         assert title.startswith(f"{word}: {e.text} (answer: {e.options[e.answer]}). Shown: {e.video}")
         assert ("unreadable" in title) == (e in (examples[0], examples[3])) == ("clip " not in title)
     assert len(drawn["picture"]) == 2 * 2 and len(drawn["bar"]) == 2 * 6
 
 
 def test_retrieval_shows_the_right_video_and_then_the_one_found_instead(tmp_path, drawn):
-    data.write_toy_msrvtt(tmp_path / "toy", train=8, test=8)
+    data.write_toy_videos(tmp_path / "toy", train=8, test=8)
     run(finetune, "--task", "msrvtt_retrieval", "--data", tmp_path / "toy", "--out", tmp_path, "--batch_size", 2,
         "--max_steps", 1, "--test_clips", 1)  # fmt: skip
     wrong = [[title.split(word)[1].split(",")[0] for word in ("(answer: ", "Shown: ")] for title in titles(drawn, "Wrong")]

@@ -67,7 +67,7 @@ def test_pictures_and_bars_side_by_side_are_whole():
 
 
 def test_toy_videos_are_explained_and_others_are_not(tmp_path):
-    data.write_toy_tgif_qa(tmp_path / "toy", train=1, test=1)
+    data.write_toy_videos(tmp_path / "toy", train=1, test=6)
     gif = tmp_path / "toy" / "gifs" / "toy_test_0000.gif"
     plain = data.contact_sheet(gif, 1, 1, 1.0, 64)
     (tmp_path / "toy" / f"complete-{data.TOY_VERSION}").touch()
