@@ -1052,7 +1052,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_machine(s, model):
-    """Settle precision and workers, as far as s leaves them open; the model goes to the device."""
+    """Settle precision and workers, as far as s leaves them open; the model goes to the device.
+
+    ValueError if it can't be used with these settings.
+    """
+    check_size(s, model.cfg)
     gpu = DEVICE == "cuda"
     if s.precision is None:
         half = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -69,7 +69,7 @@ class Settings(clipbert.Settings):
         (), "... multiple choice: the options; retrieval: more captions", nargs="+"
     )
     sheet: str = setting(None, "with --predict: draw what the model looked at", metavar="FILE")
-    clips: int = setting(6, "with --sheet: rows for so many clips", high=64, metavar="ROWS")
+    rows: int = setting(6, "with --sheet: for so many clips", high=64)
 
 
 class Task(NamedTuple):
@@ -260,19 +260,18 @@ def new_model(s, state, examples):
     answers: of an open-ended task, those that the model can give, in the order of its outputs, else
     None. guess: see best_guess.
     """
-    task, layout, answers = TASKS[s.task], data.LAYOUTS[s.task], None
+    task, answers = TASKS[s.task], None
     if task.kind in ("answer", "soft"):
         # A list in the folder, as the official checkpoints have one; else training's most frequent.
         listed = data.read_answer_list(folders(s)[0])
-        answers = listed or data.answer_list(examples, layout.top_answers)
+        answers = listed or data.answer_list(examples, data.LAYOUTS[s.task].top_answers)
     # FrameQA has at least 1,540 outputs, as the reference, and so perhaps some without an answer.
-    outputs = len(answers) if layout.top_answers else max(task.outputs, len(answers or []))
+    outputs = max(task.outputs, len(answers or []))
     texts = (text for example in examples for text in data.input_texts(example))
     model, vocabulary = clipbert.start_model(
         lambda cfg: clipbert.ClipBert(cfg, outputs), s, state,
         lambda: data.vocabulary_from_text(texts), lambda: data.read_vocabulary(s.bert),
     )  # fmt: skip
-    clipbert.check_size(s, model.cfg)
     return model, {"task": s.task, "num_outputs": outputs, "vocabulary": vocabulary,
                    "answers": answers, "guess": best_guess(task, examples)}  # fmt: skip
 
@@ -285,7 +284,6 @@ def load_model(s, state):
         raise ValueError(f"{s.eval or s.out}: a checkpoint of --task {state['task']}, not {s.task}")
     model = clipbert.ClipBert(clipbert.config_from(state), state["num_outputs"])
     model.load_state_dict(state["model"])
-    clipbert.check_size(s, model.cfg)
     return model, {k: state[k] for k in ("task", "num_outputs", "vocabulary", "answers", "guess")}
 
 
@@ -588,12 +586,12 @@ def report(s, results, chance, seconds, ending=""):
     print(f"\n{TASKS[s.task].title}, {everything['data']} data, {len(predictions):,} {s.split} examples, "
           f"G = {s.agg}{', blind' if s.blind else ''}")  # fmt: skip
     if "text_to_video" in next(iter(by_clips.values())):  # one line a direction
-        by_clips = {f"{n} {way}": both[way] for n, both in by_clips.items() for way in both}
+        by_clips = {f"{N} {way}": both[way] for N, both in by_clips.items() for way in both}
     names = list(next(iter(by_clips.values())))
     wide = {name: max(len(name), 6) + 2 for name in names}  # 6: 100.00
     print(f"{'N_test':18}" + "".join(f"{name:>{wide[name]}}" for name in names))
-    for n, row in (by_clips | {"chance": chance}).items():
-        print(f"{n:18}" + "".join(f"{row[name]:{wide[name]}.2f}" for name in names))
+    for N, row in (by_clips | {"chance": chance}).items():
+        print(f"{N:18}" + "".join(f"{row[name]:{wide[name]}.2f}" for name in names))
     print(f"written to {path}")
     clipbert.list_unreadable(errors, "counted as wrong")
 
@@ -636,18 +634,18 @@ def run_evaluation(given):
 def run_prediction(given):
     """Answer one question about one video, at the largest N_test."""
     s, model, collate, _ = load_for_use(given)
-    kind, n = TASKS[s.task].kind, max(s.test_clips)
+    kind, N = TASKS[s.task].kind, max(s.test_clips)
     if kind == "choice" and len(s.options) < 2 or kind in ("answer", "soft", "count") and s.options:
         raise ValueError(f"--task {s.task}: multiple choice, and only that, takes two --options or more")
     # Of a retrieval model all are captions, and nothing is asked.
     text, options = ("", (s.question, *s.options)) if kind == "match" else (s.question, s.options)
     example = data.Example("0", Path(s.predict).name, text, options, path=s.predict)
-    seen, known = look(s, model, collate, example, n), collate.tokenizer.get_vocab()
+    seen, known = look(s, model, collate, example, N), collate.tokenizer.get_vocab()
     unknown = [word for text in (s.question, *s.options) for word in data.words_of(text) if word not in known]
     if s.model == "tiny" and unknown:
         print(f"note: a tiny model, which has never read {', '.join(unknown)}: it can only guess")
     asked = "how likely each caption is this video's, for itself" if kind == "match" else text
-    print(f"{example.video}, {n} clips of {s.frames} frames: {asked}")
+    print(f"{example.video}, {N} clips of {s.frames} frames: {asked}")
     for name, score in zip(seen.names, seen.scores[-1].tolist(), strict=True):
         print(f"  {score:.2f}" if kind == "count" else f"  {score:6.1%}  {name}")
     if s.sheet:
@@ -747,15 +745,15 @@ def legend(s, top):
 
 
 def prediction_sheet(s, seen):
-    """What led to an answer: all clips on the time line, and a strip for each of the s.clips best, in order of time."""
+    """What led to an answer: all clips on the time line, and a strip for each of the s.rows best, in order of time."""
     N, T = seen.clips.shape
     # Whatever G is, mean, max or lse: the higher a clip's own p_i, the more it speaks for the answer.
-    shown = sorted(seen.points.argsort(descending=True)[: s.clips].tolist())
+    shown = sorted(seen.points.argsort(descending=True)[: s.rows].tolist())
     colors = dict(zip(shown, data.SHEET_COLORS, strict=False))
     strips = [data.time_line(seen.media, seen.clips, T / s.fps, [colors.get(i, data.PALE) for i in range(N)])]
     strips += [clip_strip(s, f"Clip {i + 1} of {N}", seen, i, color) for i, color in colors.items()]
     strips.append(legend(s, f"{seen.attention.max():.1%} in one cell"))
-    about = (f"{Path(s.predict).name}: N = {N} clips of T = {T} frames. Shown are at most {s.clips} (--clips), those "
+    about = (f"{Path(s.predict).name}: N = {N} clips of T = {T} frames. Shown are at most {s.rows} (--rows), those "
              "with the highest score for the answer; others are grey.")  # fmt: skip
     return data.draw_sheet(s.question, about, strips, s.predict)
 

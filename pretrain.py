@@ -200,7 +200,6 @@ def new_model(s, state, examples):
         lambda: data.vocabulary_from_text(texts + ([] if s.data else data.TOY_WORDS)),
         lambda: data.read_vocabulary(s.bert),
     )  # fmt: skip
-    clipbert.check_size(s, model.cfg)
     return model, vocabulary
 
 
@@ -208,7 +207,6 @@ def load_model(s, state):
     """-> (model, vocabulary) of one of our pretraining checkpoints."""
     model = clipbert.ClipBertForPreTraining(clipbert.config_from(state))
     model.load_state_dict(state["model"])
-    clipbert.check_size(s, model.cfg)
     return model, state["vocabulary"]
 
 

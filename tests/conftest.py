@@ -64,7 +64,7 @@ def weights(folder, name="last.pt"):
 
 def settings(script=finetune, **changes):
     """A Settings object without a command line: small frames, read in this process, computed in float32."""
-    return script.Settings(**{"size": 64, "workers": 0, "precision": "fp32", **changes})
+    return script.Settings(**{"size": 64, "text_length": 25, "workers": 0, "precision": "fp32", **changes})
 
 
 def learn_by_heart(model, loss_of, steps, lr):

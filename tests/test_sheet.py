@@ -132,11 +132,11 @@ def test_predict_draws_each_clips_frames_scores_and_weight(toy, tmp_path, drawn)
 
 
 def test_at_most_six_clips_are_drawn_unless_asked(toy, tmp_path, drawn):
-    for more in ((), ("--clips", 7)):
+    for more in ((), ("--rows", 7)):
         predict(toy, "--test_clips", 8, "--sheet", tmp_path / "a.png", *more)
     numbers = [int(title.split()[1]) for title in titles(drawn, "Clip ")]
     assert len(numbers) == 6 + 7 and numbers[:6] == sorted(numbers[:6]) and numbers[6:] == sorted(numbers[6:])
-    assert "at most 6 (--clips), those with the highest score" in drawn["draw_sheet"][0][1]
+    assert "at most 6 (--rows), those with the highest score" in drawn["draw_sheet"][0][1]
     grey = [i + 1 for i, color in enumerate(drawn["time_line"][0][3]) if color == data.PALE]
     assert {*grey} == {*range(1, 9)} - {*numbers[:6]}  # on the time line, which has all clips
 
