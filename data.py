@@ -100,13 +100,13 @@ def sample_clips(
     - a clip longer than the video (f = 0) repeats the last frame, as the reference does.
     """
     clip = n_frames / target_fps * fps  # frames that a clip spans
-    delta = max(num_frames - clip, 0.0)  # free range of a clip's start
+    f = max(num_frames - clip, 0.0)  # where a clip may start: 0 .. f
     if train:
-        starts = (delta * torch.rand(n_clips, generator=generator, dtype=torch.float64)).tolist()
+        starts = (f * torch.rand(n_clips, generator=generator, dtype=torch.float64)).tolist()
     elif n_clips == 1:
-        starts = [delta / 2]
+        starts = [f / 2]
     else:
-        starts = [delta * i / n_clips for i in range(n_clips)]
+        starts = [f * i / n_clips for i in range(n_clips)]
     span = max(clip - 1, 0.0)  # from the first to the last frame of a clip
     offsets = [int(span * t / max(n_frames - 1, 1)) for t in range(n_frames)]
     # ceil: a clip's first frame is the first one that begins within it
@@ -1417,13 +1417,14 @@ def without_missing(examples, split, where, allow):
 # ----------------------------------------------------------------------------------------------------------------------
 # The toy data: small enough for a laptop CPU
 #
-# It stands in the public layouts, so that toy and real data share every reader.
+# It stands in layouts of real data (retrieval from MSRVTT: in the reference's jsonl), so that both
+# go through the same readers.
 # One world: each GIF shows one object of some colour, shape and place. It does one action several
 # times, later another one once, and in between it idles. Every action can be told from a single
-# frame, but most single frames show idling or the other action: one clip is often not enough, a few
-# always are. This is the paper's setting in small: N_train, N_test and G all matter.
-# A photo of this world is one frame of such a GIF. The order of the random draws below is part of
-# the data: measured results were made with these very files, so a new order is a new TOY_VERSION.
+# frame, but half of the frames and more show idling or the other action: one clip is often not
+# enough, a few always are. This is the paper's setting in small: N_train, N_test and G all matter.
+# A photo shows such an object in one state. The order of the random draws below is part of the
+# data: measured results were made with these very files, so a new order is a new TOY_VERSION.
 
 TOY_VERSION = 5  # a new number rewrites the toy data
 TOY_SIZE = 64  # pixels: the tiny model's L, which gives it a 4 x 4 grid
@@ -1457,7 +1458,7 @@ TOY_SHAPES = {  # corners around (0, 0), in units of the object's radius
     "triangle": [(0, -1.2), (1.1, 1), (-1.1, 1)],
     "cross": quarter_turns([(-0.35, -1.2), (0.35, -1.2), (0.35, -0.35)]),
 }
-# Eight: a video shows two, and four others have to be its wrong options.
+# More than six: a video shows two, and four others have to be its wrong options.
 TOY_ACTIONS = ["jump", "spin", "grow", "shrink", "blink", "split", "shine", "wave"]
 # Centres in pixels, between the moons (above 6) and the marks (below 57).
 TOY_PLACES = {"left": (16, 30), "right": (48, 30), "top": (32, 22), "bottom": (32, 42)}
@@ -1481,7 +1482,7 @@ TOY_LOOKS = ["number", "color", "location"]
 # Captions of a toy GIF. They leave out the colour: alike but for what happens, so that retrieval
 # has to see several clips. The first already tells both actions and their order, so the test's
 # single caption is this one.
-TOY_SENTENCES = [
+GIF_CAPTIONS = [
     "the {shape} does {action} before {last}",
     "the {shape} does {last} after {action}",
     "the {shape} does {action} {times} times before {last}",
@@ -1492,7 +1493,7 @@ TOY_SENTENCES = [
 # alone tells a mismatch, and pretraining need not look at anything else. Captions that name the
 # colour alone are as bad: with "it is {color}" as the second one, 100 steps of fine-tuning ended at
 # 56% in place of 98%.
-TOY_CAPTIONS = [
+PHOTO_CAPTIONS = [
     "it does {action}",
     "the thing does {action}",
     "the {shape} does {action}",
@@ -1501,16 +1502,16 @@ TOY_CAPTIONS = [
     "there are {moons} moons in the sky",
 ]
 
-# Every word of this world: pretrained on captions alone, a tiny model would have to spell what
-# fine-tuning asks.
-TOY_WORDS = [*TOY_COLORS, *TOY_SHAPES, *TOY_ACTIONS, *TOY_PLACES, *TOY_NUMBERS, "yes", "no", "is",
-             *TOY_SENTENCES, *(question for question, _ in TOY_QUESTIONS.values())]  # fmt: skip
+# What fine-tuning on toy data says, and PHOTO_CAPTIONS do not: a tiny model would have to spell it,
+# if its words were those of pretraining alone. (The names in braces become words, too.)
+TOY_WORDS = [*TOY_COLORS, *TOY_SHAPES, *TOY_ACTIONS, *TOY_PLACES, *TOY_NUMBERS, "yes", "no",
+             *GIF_CAPTIONS, *(question for question, _ in TOY_QUESTIONS.values())]  # fmt: skip
 
 
 class ToyVideo(NamedTuple):
-    """What happens in one toy GIF."""
+    """What is seen in a toy GIF; or in a photo, whose one frame tells nothing of times and last."""
 
-    name: str
+    name: str  # of the file, without suffix
     color: str
     shape: str
     place: str
@@ -1518,9 +1519,10 @@ class ToyVideo(NamedTuple):
     action: str  # done `times` times, ...
     times: int  # 2..5
     last: str  # ... and then this, once
-    timeline: list  # for each frame (action or "nothing", repetitions so far)
+    timeline: list  # for each frame (action or "nothing", marks in the picture)
 
     def say(self, text):
+        """The text with its braces filled in, in correct English."""
         return text.format(**self._asdict()).replace("are one moons", "is one moon")
 
     def ask(self, name):
@@ -1538,7 +1540,7 @@ def toy_video(name, rng):
     # Each repetition leaves a mark in the picture, so that they can be counted in one frame of the
     # right moment; the last action leaves none. The marks stay until the next round begins.
     timeline = [("nothing", times)] * rests[0]
-    for i in range(1, times + 1):
+    for i in range(1, times + 1):  # TOY_BUSY frames, dealt out as evenly as they go
         timeline += [(action, i)] * ((TOY_BUSY + i - 1) // times) + [("nothing", i)] * rests[i]
     timeline += [(last, times)] * TOY_LAST + [("nothing", times)] * rests[-1]
     start = rng.randrange(TOY_FRAMES)  # GIFs loop: one may start anywhere, so no place is special
@@ -1602,9 +1604,9 @@ def write_gif(frames, path):
 
 
 def write_toy_photo(path, rng):
-    """Write a photo, which is one frame of a toy video; -> what it shows."""
+    """Write a photo; -> what it shows."""
     action = rng.choice(["nothing", *TOY_ACTIONS])
-    photo = toy_video(path.name, rng)
+    photo = toy_video(path.stem, rng)
     photo = photo._replace(action=action, timeline=[(action, rng.randint(0, 5))])  # any marks
     path.parent.mkdir(parents=True, exist_ok=True)
     next(draw_toy_video(photo, rng)).save(path)
@@ -1623,14 +1625,14 @@ def write_json(path, contents):
     path.write_text(json.dumps(contents), encoding="utf-8")
 
 
-def toy_options(right, wrong, rng):
-    """Five options, as in the public files: the right one anywhere among four wrong ones.
+def toy_options(answer, wrong, rng):
+    """Five options, as in the public files: the answer anywhere among four wrong ones.
 
-    -> (the options, the place of the right one)
+    -> (the options, which of them is right)
     """
-    options, place = rng.sample(wrong, 4), rng.randrange(5)
-    options.insert(place, right)
-    return options, place
+    options, right = rng.sample(wrong, 4), rng.randrange(5)
+    options.insert(right, answer)
+    return options, right
 
 
 # -------------------------------------------------- writing: videos, and all that is asked and said of them
@@ -1639,7 +1641,8 @@ def toy_options(right, wrong, rng):
 def write_toy_videos(folder, train=1000, test=200):
     """GIFs, with the files of TGIF-QA, MSRVTT-QA and of all retrieval tasks."""
     for split, count in (("train", train), ("test", test)):
-        # A random state for each split: its size changes nothing in the other one.
+        # A random state for each split: its size changes nothing in the other one. (The seeds'
+        # spelling is history: another one would be other data.)
         rng = random.Random(f"{split.title()} 0")
         videos = [toy_video(f"toy_{split}_{i:04d}", rng) for i in range(count)]
         for video in videos:
@@ -1651,16 +1654,16 @@ def write_toy_videos(folder, train=1000, test=200):
 def write_toy_questions(folder, split, videos, rng):
     """TGIF-QA's {Train,Test}_<kind>_question.csv, all four, and MSRVTT-QA's {train,test}_qa.json."""
     for kind in ("action", "transition", "frameqa", "count"):
-        # Transition is the hardest of the four: twice as many questions to learn from.
+        # Transition is the hardest of the four: twice as many questions to learn from. The others
+        # have a random state of their own, so that all that follows stays as it was without them.
         more = [random.Random("more 0")] if (split, kind) == ("train", "transition") else []
-        rows = [{"gif_name": video.name} | toy_columns(video, kind, draw)
-                for draw in (rng, *more) for video in videos]  # fmt: skip
+        rows = [{"gif_name": video.name} | toy_columns(video, kind, state)
+                for state in (rng, *more) for video in videos]  # fmt: skip
         write_table(folder / f"{split.title()}_{kind}_question.csv", rows)
-    # In a word: what the object does before something else, or what it is. Half and half: one needs
-    # several clips, the other a single frame. Two a video: the text says what is asked.
-    names = ["before" if rng.random() < 0.5 else rng.choice(TOY_LOOKS) for _ in range(2 * len(videos))]
+    # Two a video, so that the question has to be read: the answer to one needs several clips, to the
+    # other a single frame.
     asked = [{"video_id": video.name} | video.ask(name)
-             for video, name in zip(2 * videos, names, strict=True)]  # fmt: skip
+             for video in videos for name in ("before", rng.choice(TOY_LOOKS))]  # fmt: skip
     write_json(folder / f"{split}_qa.json", asked)
 
 
@@ -1676,21 +1679,21 @@ def toy_columns(video, kind, rng):
     # The other action of this video is no option: a frame that shows it would speak for a wrong
     # answer, and one clip could not tell which of two that it sees is asked for.
     wrong = [action for action in TOY_ACTIONS if action not in (video.action, video.last)]
-    options, place = toy_options(answer, wrong, rng)
-    return {"question": question, **{f"a{i}": o for i, o in enumerate(options, 1)}, "answer": place}
+    options, right = toy_options(answer, wrong, rng)
+    return {"question": question, **{f"a{i}": o for i, o in enumerate(options, 1)}, "answer": right}
 
 
 def write_toy_captions(folder, split, videos, rng):
-    """What DiDeMo and ActivityNet have of two sentences a video; MSRVTT as the reference's jsonl."""
-    sentences = TOY_SENTENCES
+    """Retrieval's files: MSRVTT's, with multiple choice, in the reference's jsonl; DiDeMo; ActivityNet."""
+    sentences = GIF_CAPTIONS
     if split == "test":
-        # A caption has to fit one video alone. 4 shapes and 28 pairs of actions make 112 contents,
-        # of which 200 videos show some 93.
+        # A caption has to fit one video alone. GIFs loop, so the order of the actions makes no
+        # difference: of 4 shapes x 28 pairs of actions the 200 videos of the test show 97.
         videos = list({frozenset([v.shape, v.action, v.last]): v for v in videos}.values())
         sentences = sentences[:1]  # as in 1k-A
     said = [{"clip_name": v.name, "caption": v.say(text)} for v in videos for text in sentences]
     write_lines(folder / f"msrvtt_ret_{split}.jsonl", said)
-    # Both sentences stand for the whole video: GIFs loop, and retrieval reads no time stamps.
+    # Two sentences a video, without the public files' time stamps, which retrieval does not read.
     both = {v.name: [v.say("the {shape} does {action}"), v.say("the {shape} does {last}")] for v in videos}
     moments = [{"video": name, "description": text} for name, pair in both.items() for text in pair]
     write_json(folder / f"{split}_data.json", moments)
@@ -1700,8 +1703,8 @@ def write_toy_captions(folder, split, videos, rng):
     if split == "test":  # multiple choice: the wrong options are the captions of four other videos
         texts = [row["caption"] for row in said]
         drawn = [toy_options(text, texts[:i] + texts[i + 1 :], rng) for i, text in enumerate(texts)]
-        rows = [{"clip_name": video.name, "options": options, "answer": place}
-                for video, (options, place) in zip(videos, drawn, strict=True)]  # fmt: skip
+        rows = [{"clip_name": video.name, "options": options, "answer": right}
+                for video, (options, right) in zip(videos, drawn, strict=True)]  # fmt: skip
         write_lines(folder / "msrvtt_mc_test.jsonl", rows)
 
 
@@ -1718,33 +1721,34 @@ def write_toy_photos(folder, train=2000, val=200):
         rng = random.Random(f"photos {split} 0")
         photos = [(number, write_toy_photo(folder / f"{split}2017" / f"{number:012d}.png", rng))
                   for number in range(first, first + count)]  # fmt: skip
-        images = [{"id": number, "file_name": photo.name} for number, photo in photos]
+        images = [{"id": number, "file_name": f"{photo.name}.png"} for number, photo in photos]
         said = [{"image_id": number, "caption": photo.say(text)}
-                for number, photo in photos for text in TOY_CAPTIONS]  # fmt: skip
+                for number, photo in photos for text in PHOTO_CAPTIONS]  # fmt: skip
         write_json(folder / f"captions_{split}2017.json", {"images": images, "annotations": said})
-        rows = [{"question_id": i, "image_id": number} | toy_vqa_columns(photo, rng)
-                for i, (number, photo) in enumerate(2 * photos)]  # fmt: skip
+        rows = [{"image_id": number} | columns
+                for number, photo in photos for columns in toy_vqa_columns(photo, rng)]  # fmt: skip
+        rows = [{"question_id": i} | row for i, row in enumerate(rows)]
         questions = [{k: row[k] for k in ("question_id", "image_id", "question")} for row in rows]
         write_json(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", {"questions": questions})
-        write_json(folder / f"v2_mscoco_{split}2014_annotations.json", {"annotations": rows})
+        write_json(folder / f"v2_mscoco_{split}2014_annotations.json", {"annotations": rows})  # more than published: the question, too
 
 
 def toy_vqa_columns(photo, rng):
-    """One question about a photo, with what ten people answer."""
-    name = rng.choice(TOY_LOOKS)
-    kind, asked = "number" if name == "number" else "other", photo.ask(name)
-    if rng.random() < 0.3:
-        # The true colour half of the time, else any of the eight: "yes" is right in 56%, so that
-        # it can't be guessed.
-        color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
-        answer = "yes" if color == photo.color else "no"
-        kind, asked = "yes/no", {"question": f"is the {photo.shape} {color} ?", "answer": answer}
-    elif photo.action != "nothing" and rng.random() < 0.3:  # an idle one does nothing to be asked for
-        kind, asked = "other", photo.ask("now")
-    # One of the ten has not looked: soft scores, as in the real data.
-    people = [asked["answer"]] * 9 + [rng.choice([*TOY_COLORS, *TOY_SHAPES, "yes", "no"])]
-    return {"question": asked["question"], "answer_type": kind,
-            "answers": [{"answer": said} for said in people]}  # fmt: skip
+    """Two questions about a photo, one of them to be answered by yes or no, with what people answer."""
+    # The true colour half of the time, else any of the eight: "yes" is right in 56%, so that it
+    # can't be guessed.
+    color = rng.choice([photo.color, rng.choice(list(TOY_COLORS))])
+    answer = "yes" if color == photo.color else "no"
+    # an idle object does nothing to be asked for
+    name = rng.choice(TOY_LOOKS if photo.action == "nothing" else ["now", *TOY_LOOKS])
+    for asked, kind in (
+        ({"question": f"is the {photo.shape} {color} ?", "answer": answer}, "yes/no"),
+        (photo.ask(name), "number" if name == "number" else "other"),
+    ):
+        # One of the ten has not looked: soft scores, as in the real data.
+        people = [asked["answer"]] * 9 + [rng.choice([*TOY_COLORS, *TOY_SHAPES, "yes", "no"])]
+        yield {"question": asked["question"], "answer_type": kind,
+               "answers": [{"answer": said} for said in people]}  # fmt: skip
 
 
 # -------------------------------------------------- the whole
