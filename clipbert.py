@@ -283,11 +283,8 @@ class VideoTextEncoder(nn.Module):
         grid (B, T, h, w, d). input_ids, attention_mask (B*n, Lt), 0 is padding, 1 is not: the n
         texts of a video (the options of a question, the captions of an image) stand one after the
         other and share its one CNN pass. keep: as in VisualEmbedding, how many grid tokens to draw,
-        or None, all.
+        or None, all. Of a video with several clips (clip_logits) each counts as a video here.
         -> all hidden states (B*n, Lt + h*w, d), and the pooled [CLS] vector (B*n, d).
-
-        bert.encoder adds the mask that it is given, (B*n, 1, 1, Lt + h*w), to the attention scores:
-        0 is seen, -inf is not.
         """
         visual = self.visual_embeddings(grid, keep)  # (B, h*w, d)
         if input_ids.shape[0] % visual.shape[0]:
@@ -298,8 +295,8 @@ class VideoTextEncoder(nn.Module):
         text = self.bert.embeddings(input_ids)  # (B*n, Lt, d)
         # One mask for all heads and queries. Grid cells over the zero border of a padded frame are
         # not masked: the reference attends to them, too.
-        mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]
-        # Added to the attention scores: after the softmax, exactly 0 of it goes to padding.
+        mask = F.pad(attention_mask, (0, visual.shape[1]), value=1)[:, None, None, :]  # of Lt + h*w
+        # Added to the attention scores: 0 is seen; of -inf the softmax makes exactly 0.
         mask = torch.zeros_like(mask, dtype=text.dtype).masked_fill(mask == 0, -torch.inf)
         x = torch.cat([text, visual], dim=1)  # (B*n, Lt + h*w, d)
         hidden = self.bert.encoder(x, attention_mask=mask).last_hidden_state
@@ -336,7 +333,6 @@ class ClipBert(VideoTextEncoder):
 
     def __init__(self, cfg, num_outputs):
         super().__init__(cfg)
-        self.num_outputs = num_outputs
         self.classifier = nn.Sequential(
             nn.Linear(cfg.hidden_size, 2 * cfg.hidden_size),
             nn.ReLU(),
@@ -642,9 +638,9 @@ class Settings:
 RESUMABLE = {"resume", "epochs", "max_steps", "out", "workers", "save_every", "precision", "debug"}
 
 
-def parse_flags(parser, settings, arguments=None):
-    """What the command line gives, {name: value}; a flag for each field of the dataclass."""
-    for f in fields(settings):
+def parse_flags(parser, cls, arguments=None):
+    """What the command line gives, {name: value}; cls: the script's Settings, a flag for each field."""
+    for f in fields(cls):
         how = {"default": argparse.SUPPRESS, **f.metadata}
         if f.type in (int, float) or "high" in how:
             parser.numbers(f"--{f.name}", kind=float if f.type is float else int, **how)
@@ -665,11 +661,11 @@ def parse_flags(parser, settings, arguments=None):
     return given
 
 
-def settle(settings, values, given):
-    """An object of the dataclass `settings`: its defaults, over them these values, then the flags."""
+def settle(cls, values, given):
+    """The script's Settings, cls: its defaults, over them these values, then the flags."""
     if "epochs" in given:
         values = values | {"max_steps": None}  # asked for in epochs: a number of steps is void
-    return settings(**values | given)
+    return cls(**values | given)
 
 
 def check_size(s, cfg):
@@ -684,7 +680,7 @@ def check_size(s, cfg):
 
 
 def first_free(name, taken):
-    """name, name-2, name-3, ...: the first that is not taken. Nothing is ever overwritten in silence."""
+    """name, name-2, name-3, ...: the first that is not taken. So no run or result replaces another."""
     names = (name if i == 1 else f"{name}-{i}" for i in count(1))
     return next(name for name in names if not taken(name))
 
@@ -731,7 +727,7 @@ def copy_weights(model, tensors):
 
 
 def describe(report):
-    """The report in a few lines; what stays at random is named, part by part."""
+    """The report in a few lines; names what stays at random: mismatched, and the missing parts."""
     lines = [", ".join(f"{len(names)} tensors {what}" for what, names in report.items() if names)]
     for what in ("unexpected", "mismatched"):
         if names := report[what]:
@@ -929,35 +925,35 @@ def config_from(state):
 # (`load_finished`)
 
 
-def begin(settings, given, name, values):
+def begin(cls, given, name, task_values):
     """-> (s, state): the settings; what to start from (--init), to go on from (s.resume), or None.
 
-    values(model): what the task has instead of the defaults.
+    cls: the script's Settings. task_values(model): what the task has instead of the defaults.
     """
     if "resume" in given:
-        return load_stopped(settings, given, name)
+        return load_stopped(cls, given, name)
     state = load_checkpoint(given["init"]) if "init" in given else None
     model = model_name(given, state)
-    s = settle(settings, values(model) | {"model": model}, given)
+    s = settle(cls, task_values(model) | {"model": model}, given)
     new_folder(s, name)
     return s, state
 
 
-def load_own(settings, path):
-    """A checkpoint of the script with these settings: not another's, nor an older version's."""
+def load_own(cls, path):
+    """A checkpoint of the script with these Settings: not another's, nor an older version's."""
     state = load_checkpoint(path)
-    if set(state.get("settings", ())) != {f.name for f in fields(settings)}:
+    if set(state.get("settings", ())) != {f.name for f in fields(cls)}:
         raise ValueError(f"{path}: not a checkpoint that this script has trained; start from it "
                          "with --init")  # fmt: skip
     return state
 
 
-def load_finished(settings, given):
+def load_finished(cls, given):
     """--eval: (s, state) of a checkpoint of ours, with its settings where no flag says else."""
-    state = load_own(settings, given["eval"])
-    # What was about that run alone, or about its machine, is not asked for here.
+    state = load_own(cls, given["eval"])
+    # Of that run or its machine alone: an evaluation takes all examples, and what suits this machine.
     own = {"limit": None, "workers": None, "precision": None}
-    s = settle(settings, state["settings"] | own | {"out": str(Path(given["eval"]).parent)}, given)
+    s = settle(cls, state["settings"] | own | {"out": str(Path(given["eval"]).parent)}, given)
     if s.blind and "blind" not in given:
         print(f"{s.eval}: trained blind, so it sees no frames here, either")
     return s, state
@@ -972,7 +968,7 @@ def result_suffix(s, *what):
     return first_free(name, lambda name: (Path(s.out) / f"metrics{name}.json").exists())
 
 
-def load_stopped(settings, given, name):
+def load_stopped(cls, given, name):
     """--resume: (s, state) of the newest whole checkpoint in --out, or in the newest run of `name`.
 
     Everything is as the checkpoint says, data and model, too: else it would be another run. What
@@ -984,22 +980,19 @@ def load_stopped(settings, given, name):
         written = [path for path in Path("runs").glob(f"{name}*/*.pt")
                    if ("_blind" in path.parent.name) == ("blind" in given)]  # fmt: skip
         out = max(written, key=lambda path: path.stat().st_mtime).parent if written else out
-    path = Path(out) / "last.pt"
-    try:
-        state = load_own(settings, path)
-    except ValueError as error:  # a disk may lose the newest: then there is the one before it
-        path = Path(out) / "previous.pt"
-        try:
-            state = load_own(settings, path)
-        except ValueError:
-            raise ValueError(f"{error}: nothing to go on from; start anew with --overwrite") from None
-        print(f"note: {error}; taking the one before it")
+    for path in (Path(out) / "last.pt", Path(out) / "previous.pt"):  # a disk may lose the newest
+        with suppress(ValueError):
+            state = load_own(cls, path)
+            break
+    else:
+        raise ValueError(f"{out}: holds no whole last.pt or previous.pt of this script; to start anew, "
+                         "leave out --resume")  # fmt: skip
     for flag in given.keys() - RESUMABLE:
         if given[flag] != state["settings"][flag]:
             raise ValueError(f"{path}: was begun with --{flag} {state['settings'][flag]}, not "
                              f"{given[flag]}; leave that out, give another --out, or start anew")
     print(f"resuming from {path}, step {state['step']}")
-    return settle(settings, state["settings"], given | {"out": str(out)}), state
+    return settle(cls, state["settings"], given | {"out": str(out)}), state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1101,17 +1094,17 @@ class Training:
 
     for step in training.steps():                 after each, last.pt, if it is time
         for batch in training.batches(loader):    grad_accum of them
-            ... training.forward(...) ...
+            ... training.parallel(...) ...
             training.backward(loss)
         training.update(step, loss=...)           one update; logged
     """
 
-    def __init__(self, s, model, n_examples, stopped=None, **contents):
-        """n_examples: in an epoch. stopped: --resume's state, or None. contents: more to save."""
+    def __init__(self, s, model, n_examples, stopped=None, **extras):
+        """n_examples: in an epoch. stopped: --resume's state, or None. extras: more to save."""
         self.s, self.model, self.out, self.n_examples = s, model, Path(s.out), n_examples
         self.per_step = s.batch_size * s.grad_accum * PROCESSES  # examples to an update
         self.total_steps = s.max_steps or math.ceil(s.epochs * n_examples / self.per_step)
-        self.contents = contents | {"settings": asdict(s), "config": asdict(model.cfg)}
+        self.extras = extras | {"settings": asdict(s), "config": asdict(model.cfg)}
         self.optimizer = build_optimizer(model, s.weight_decay)
         # fp16's gradients are scaled, lest small ones become 0; others go through as they are.
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=s.precision == "fp16")
@@ -1126,8 +1119,8 @@ class Training:
         self.first_batch, self.n_batches = (
             n * s.grad_accum * PROCESSES for n in (self.start, self.total_steps)
         )
-        # What to call in training: DDP averages gradients. Evaluation calls the model itself.
-        self.forward = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
+        # What training calls in place of the model: DDP averages gradients.
+        self.parallel = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
         self.waiting, self.unreadable = [], Counter()  # rows to log; error lines and how often
         self.stopped_by, self.began, self.shown = 0, time.time(), 0.0  # shown: when, see `show`
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {DEVICE}, "
@@ -1151,8 +1144,8 @@ class Training:
 
     def prepare_folder(self, anew):
         """config.json; a log without the steps that will be logged again; no older run's weights."""
-        config = {"device": DEVICE, "total_steps": self.total_steps, **self.contents["settings"],
-                  "config": self.contents["config"]}  # fmt: skip
+        config = {"device": DEVICE, "total_steps": self.total_steps, **self.extras["settings"],
+                  "config": self.extras["config"]}  # fmt: skip
         if anew and not self.s.overwrite and (self.out / "config.json").exists():
             raise ValueError(f"{self.out}: another run has just begun there; choose another --out")
         write_file(self.out / "config.json", json.dumps(config, indent=2) + "\n")
@@ -1166,7 +1159,7 @@ class Training:
         """Yield start + 1, ..., total_steps; after each, a checkpoint if one is due.
 
         Ctrl-C and SIGTERM wait for the step's end, which is saved; then the run ends. A second one
-        ends it at once.
+        ends it at once. At the end, what could not be read is listed.
         """
 
         def note(number, _):
@@ -1189,7 +1182,7 @@ class Training:
         for i in range(self.s.grad_accum):
             # Processes exchange gradients in the last backward pass only, as in DDP's no_sync();
             # a model without DDP takes no notice.
-            self.forward.require_backward_grad_sync = i == self.s.grad_accum - 1
+            self.parallel.require_backward_grad_sync = i == self.s.grad_accum - 1
             batch = to_device(next(loader))
             self.unreadable.update(line for lines in batch["unreadable"] for line in lines)
             yield batch
@@ -1205,8 +1198,8 @@ class Training:
     def update(self, step, **losses):
         """An update by the gradients so far; it is logged some steps later, by flush.
 
-        losses: sums over the grad_accum batches, of which the log has the mean; and the gradient's
-        norm before it is clipped.
+        losses: sums over the grad_accum batches. The log has their means, and the gradient's norm
+        before it is clipped.
         """
         lr = learning_rate(step, self.total_steps, self.s.lr)
         set_step(self.optimizer, step, lr)
@@ -1251,7 +1244,7 @@ class Training:
             self.shown, seconds = now, (now - self.began) / done  # a step's
             left = seconds * (self.total_steps - row["step"]) / 60
             print(f"step {row['step']:.0f} of {self.total_steps:,}: loss {row['loss']:.3f}, "
-                  f"{self.per_step / seconds:.0f} examples/s, {left:.0f} minutes left", flush=True)  # fmt: skip
+                  f"{self.per_step / seconds:.0f} examples/s, {left:.0f} min left", flush=True)  # fmt: skip
 
     def log(self, row):
         """A line of log.jsonl."""
@@ -1279,12 +1272,15 @@ class Training:
             self.save("best.pt", step)
 
     def save(self, name, step, previous=None, **more):
-        """A checkpoint: the weights, the settings, what the script's own model needs, `more`."""
+        """A checkpoint: the weights, the settings, what the script's own model needs, `more`.
+
+        previous: where the file that is there now goes.
+        """
         if not RANK:
-            content = io.BytesIO()  # in memory first: then only one place has to mind a full disk
-            more |= self.contents | {"step": step, "model": self.model.state_dict()}
-            torch.save(more, content)
-            write_file(self.out / name, content.getbuffer(), previous)
+            buffer = io.BytesIO()  # in memory first: then only one place has to mind a full disk
+            more |= self.extras | {"step": step, "model": self.model.state_dict()}
+            torch.save(more, buffer)
+            write_file(self.out / name, buffer.getbuffer(), previous)
 
     def end_step(self, step):
         """A checkpoint if one is due, or if a signal came: then the run ends here."""
@@ -1310,7 +1306,7 @@ class Training:
         self.save(
             "last.pt", step, self.out / "previous.pt", best=self.best, random=random_states,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-            log=self.log_bytes,
+            log=self.log_bytes,  # its length
         )  # fmt: skip
 
 

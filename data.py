@@ -199,7 +199,7 @@ class Example(NamedTuple):
     """One row of an annotation file: a video (or image), its text, the answer."""
 
     id: str  # as the file has it, else its place there; perhaps not unique: for readers alone
-    video: str  # name as the annotation gives it
+    video: str  # name as the annotation gives it; of a bare number, what MEDIA makes of it
     text: str  # question or caption; "" in MSRVTT-MC, where the options are the captions
     options: tuple = ()  # answer options of multiple choice
     # int index into options | str | int count | {answer: soft score} (VQA) | None (captions)
@@ -839,7 +839,7 @@ def write_cache(folder, size, rate, workers):
 
 
 def check_cached(examples, s):
-    """With --cache, say how many of the videos are cached, none is an error; without, that it can be had."""
+    """With --cache, say how many of the videos are cached, or raise DataError; without, mention the cache."""
     paths = sorted({example.path for example in examples if example.path})
     remedy = f"python data.py cache --data {os.path.dirname(paths[0])} --size {s.size}"
     if not s.cache:
@@ -872,8 +872,8 @@ VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".3gp", ".3g2
           ".wmv", ".flv", ".mts")  # fmt: skip
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEDIA_SUFFIXES = VIDEOS + IMAGES
-PLACES = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",
-          "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")  # of media
+MEDIA_FOLDERS = ("", "gifs", "videos", "videos/all", "images", "TrainValVideo", "TestVideo",
+                 "train2014", "val2014", "train2017", "val2017", "VG_100K", "VG_100K_2")
 
 
 # -------------------------------------------------- folders to files
@@ -1224,10 +1224,10 @@ def media_key(name):
 
 @functools.cache  # a directory is listed once: VQA asks for 120,000 of its names
 def media_index(folder, parent):
-    """{media_key: paths} of the files in `parent`, below all PLACES and in their order."""
+    """{media_key: paths} of the files in `parent`, below all MEDIA_FOLDERS and in their order."""
     index = {}
-    for place in PLACES:
-        directory = Path(folder, place, parent)
+    for below in MEDIA_FOLDERS:
+        directory = Path(folder, below, parent)
         for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
             index.setdefault(media_key(name), []).append(directory / name)
     return index
@@ -1270,7 +1270,8 @@ class Layout(NamedTuple):
     toy: str  # which part of the toy data has this layout
     text_length: int  # Lt at most, [CLS] and [SEP] included
     asked: object = caption  # row -> text, options, answer, ... of its Example
-    top_answers: int | None = None  # open-ended: only the most frequent of training (None: all)
+    # open-ended: so many of the most frequent of training, as in the reference (None: all)
+    top_answers: int | None = None
     paragraphs: bool = False  # are all sentences about a video one text?
     one_caption: bool = False  # a test video has one: R@1 among 20 of them is another figure
     all_files: bool = False  # pretraining: captions come from all files that fit
@@ -1362,7 +1363,6 @@ def make_example(row, layout, place, folder):
 # -------------------------------------------------- the table: tasks to layouts
 OWN = ("{split}.csv", "{split}.tsv", "{split}.jsonl", "*{split}*.jsonl")  # or the reference's
 LAYOUTS = {
-    # Answer counts are the reference's: 3,129 for VQA, 1,500 for MSRVTT-QA.
     **{f"tgif_qa_{kind}": Layout(
         (f"{{Split}}_{kind}_question*.csv", f"*{kind}*{{split}}*.jsonl",
          f"*{{split}}*{kind}*.jsonl", f"{kind}/*{{split}}*.jsonl"), "videos", 25, asked)
@@ -2098,7 +2098,7 @@ def parse_command(arguments):
     toy.add_argument("folder", type=Path)
 
     check = commands.add_parser("check", description=run_check.__doc__)
-    check.add_argument("--task", default="tgif_qa", choices=[*ALIASES, *LAYOUTS])
+    check.add_argument("--task", required=True, choices=[*ALIASES, *LAYOUTS])
     check.add_argument("--data", type=folder, help="the data set's folder (default: the toy data)")
     check.numbers("--text_length", low=3, high=512, help="tokens of a text (default: the task's)")
 

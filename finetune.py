@@ -14,9 +14,8 @@ step or evaluation), last.pt and the one before it, previous.pt, best.pt, predic
 metrics.json and sheet.png (some of the test examples, right and wrong). --eval writes beside its
 checkpoint, into files named after what was evaluated.
 
-Read it from `run_training` on: settings -> data -> model -> loop -> evaluation. The defaults that
---help prints are those of --model base; what a task or the tiny model has instead stands in TASKS
-and TINY.
+Read it from `run_training` on: settings -> data -> model -> loop -> evaluation. What
+--help prints as defaults, a task may have otherwise (TASKS), and the tiny model again (TINY).
 """
 
 import json
@@ -77,7 +76,7 @@ class Task(NamedTuple):
 
     title: str
     kind: str  # of answer: choice | answer | soft | count | match (see clipbert.video_loss)
-    outputs: int = 1  # K: 1 a score an option, or a count; 2 "match"; open-ended: at least so many
+    outputs: int = 1  # K: 1 a score an option, or a count; 2 "match"; FrameQA: at least so many
     validation: bool = False  # best.pt is chosen by a "val" split; False: the last is the best
     paper: dict | None = None  # settings: the paper's; where it is silent, the reference's
     tiny: dict | None = None  # what the tiny model changes, besides TINY
@@ -115,8 +114,8 @@ TASKS = {
                 tiny={"lr": 5e-4, "max_steps": 2400}),
 }  # fmt: skip
 
-# What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: most toy
-# frames do not show the answer, and at 1e-3 that noise teaches the scores to ignore the options
+# What the tiny model changes. The learning rate decides whether it leaves ln(5) at all: half of the
+# toy frames do not show the answer, and at 1e-3 that noise teaches the scores to ignore the options
 # before attention has learned to match them.
 TINY = {"size": 64, "fps": 1.0, "frames": 1, "train_clips": 1, "batch_size": 32, "grad_accum": 1,
         "lr": 3e-4, "max_steps": 800}  # fmt: skip
@@ -133,7 +132,7 @@ def parse_arguments(arguments=None):
         given["task"] = data.ALIASES.get(given["task"], given["task"])
     for flag, needed in {
         "split": ["eval"], "predict": ["eval", "question"], "question": ["predict"],
-        "options": ["predict"], "sheet": ["predict"],
+        "options": ["predict"], "sheet": ["predict"], "rows": ["sheet"],
     }.items():  # fmt: skip
         missing = [f"--{name}" for name in needed if name not in given]
         if flag in given and missing:
@@ -165,7 +164,7 @@ def run_training(given):
         model, extras = load_model(s, state) if s.resume else new_model(s, state, examples)
     if extras["answers"]:
         examples = only_known_answers(examples, set(extras["answers"]), "training: left out")
-        only_known_answers(test, set(extras["answers"]), "test: counted as wrong")
+        only_known_answers(test, set(extras["answers"]), "counted as wrong")  # only says how many
     if not examples:
         raise data.DataError(f"{where(s)}: no answer of training is in the list; remove ans2label")
     model, collate = clipbert.use_machine(s, model), build_collator(s, extras)
@@ -208,7 +207,7 @@ def train(s, model, collate, training, examples, val):
         total = 0.0
         for batch in training.batches(loader):
             with clipbert.autocast(s):  # p_1, ..., p_N: (N, B*n, K)
-                p = training.forward(batch["frames"], batch["input_ids"], batch["attention_mask"])
+                p = training.parallel(batch["frames"], batch["input_ids"], batch["attention_mask"])
             p = clipbert.aggregate_clips(p, s.agg)  # p = G(p_1, ..., p_N)
             loss = clipbert.video_loss(p, batch["target"], kind)  # NLL(p, q)
             training.backward(loss)
@@ -272,19 +271,20 @@ def new_model(s, state, examples):
         lambda cfg: clipbert.ClipBert(cfg, outputs), s, state,
         lambda: data.vocabulary_from_text(texts), lambda: data.read_vocabulary(s.bert),
     )  # fmt: skip
-    return model, {"task": s.task, "num_outputs": outputs, "vocabulary": vocabulary,
-                   "answers": answers, "guess": best_guess(task, examples)}  # fmt: skip
+    return model, {"num_outputs": outputs, "vocabulary": vocabulary, "answers": answers,
+                   "guess": best_guess(task, examples)}  # fmt: skip
 
 
 def load_model(s, state):
     """-> (model, what else its checkpoint holds, see new_model) of a fine-tuning checkpoint."""
     # One retrieval model does for all of them, and for multiple choice among captions.
-    retrieval = TASKS[state["task"]].kind == TASKS[s.task].kind == "match"
-    if state["task"] != s.task and not retrieval:
-        raise ValueError(f"{s.eval or s.out}: a checkpoint of --task {state['task']}, not {s.task}")
+    task = state["settings"]["task"]
+    retrieval = TASKS[task].kind == TASKS[s.task].kind == "match"
+    if task != s.task and not retrieval:
+        raise ValueError(f"{s.eval or s.out}: a checkpoint of --task {task}, not {s.task}")
     model = clipbert.ClipBert(clipbert.config_from(state), state["num_outputs"])
     model.load_state_dict(state["model"])
-    return model, {k: state[k] for k in ("task", "num_outputs", "vocabulary", "answers", "guess")}
+    return model, {k: state[k] for k in ("num_outputs", "vocabulary", "answers", "guess")}
 
 
 def build_collator(s, extras):
@@ -358,8 +358,12 @@ def score_videos(s, model, collate, examples, n_clips):
 
 
 def judge(kind, example, scores, readable, answers):
-    """A row of predictions.jsonl: the prediction, and how good it is, as `grade` has it."""
-    # What a model says of a video that can't be read would be a blind guess: 0, or no answer.
+    """A row of predictions.jsonl: the prediction, and how good it is, as `grade` has it.
+
+    The answer stands there as in Example (of options an index), the prediction in words.
+    """
+    # What a model says of a video that can't be read would be a blind guess: 0 (rounded: 1), or no
+    # answer.
     said = prediction = None
     if kind == "count":
         said = scores.item() if readable else 0.0
@@ -394,12 +398,12 @@ def whole_count(number):
 
 
 def metrics(examples, grades):
-    """Means of the grades; accuracies in percent, also of each type of question (FrameQA, VQA)."""
+    """Means of the grades; accuracies in percent, also of each type of question."""
     if "mse" in grades[0]:
         return {name: mean(row[name] for row in grades) for name in ("mse", "mse_rounded")}
     values = {}
     for example, row in zip(examples, grades, strict=True):
-        # most questions have no type: then both names are one
+        # multiple choice has no types: then both names are one
         for name in {"accuracy", f"accuracy_{example.question_type}".rstrip("_")}:
             values.setdefault(name, []).append(100 * row["accuracy"])
     return {name: mean(values[name]) for name in sorted(values)}
@@ -430,9 +434,10 @@ def chance_level(s, guess, test):
         return {"accuracy": mean(100 / len(example.options) for example in test)}
     if kind == "match":
         videos = len({example.source for example in test})
-        # a random order of m videos: R@k is k/m, and the mean rank (m + 1) / 2
-        recalls = {f"r{k}": min(100.0, 100 * k / videos) for k in (1, 5, 10)}
-        return recalls | {"median_rank": (videos + 1) / 2, "mean_rank": (videos + 1) / 2}
+        # a random order of m videos: R@k is k/m, and the mean rank (m + 1) / 2; both ways, where a
+        # video has one caption
+        found = {f"r{k}": min(100.0, 100 * k / videos) for k in (1, 5, 10)}
+        return found | {"median_rank": (videos + 1) / 2, "mean_rank": (videos + 1) / 2}
     return metrics(test, [grade(kind, example, guess) for example in test])
 
 
@@ -488,10 +493,11 @@ def score_pairs(s, model, collate, texts, grids, rerank=None):
     """
     tokens = collate.tokenizer(texts, padding=True, truncation=True, max_length=s.text_length,
                                return_tensors="pt")  # fmt: skip
+    every = torch.ones(len(texts), len(grids)).bool()
     if not rerank or rerank >= len(grids):
-        return score_chosen(s, model, tokens, grids, torch.ones(len(texts), len(grids)).bool())
+        return score_chosen(s, model, tokens, grids, every)
     middle = [grid if grid is None else grid[len(grid) // 2][None] for grid in grids]
-    first = score_chosen(s, model, tokens, middle, torch.ones(len(texts), len(grids)).bool())
+    first = score_chosen(s, model, tokens, middle, every)
     best = torch.zeros_like(first).bool().scatter(1, first.topk(rerank).indices, True)
     return torch.where(best, score_chosen(s, model, tokens, grids, best), first - 1)
 
@@ -624,7 +630,7 @@ def run_evaluation(given):
     test = load_examples(s, s.split)
     data.check_cached(test, s)
     if extras["answers"]:
-        only_known_answers(test, set(extras["answers"]), "counted as wrong")
+        only_known_answers(test, set(extras["answers"]), "counted as wrong")  # only says how many
     began = time.time()
     results = evaluate(s, model, collate, test, s.test_clips)
     chance, ending = chance_level(s, extras["guess"], test), clipbert.result_suffix(s, s.task, s.split)
@@ -636,7 +642,7 @@ def run_prediction(given):
     s, model, collate, _ = load_for_use(given)
     kind, N = TASKS[s.task].kind, max(s.test_clips)
     if kind == "choice" and len(s.options) < 2 or kind in ("answer", "soft", "count") and s.options:
-        raise ValueError(f"--task {s.task}: multiple choice, and only that, takes two --options or more")
+        raise ValueError(f"--task {s.task}: --options A B ... for multiple choice; none for open questions")
     # Of a retrieval model all are captions, and nothing is asked.
     text, options = ("", (s.question, *s.options)) if kind == "match" else (s.question, s.options)
     example = data.Example("0", Path(s.predict).name, text, options, path=s.predict)
@@ -665,13 +671,13 @@ class Seen(NamedTuple):
     frames: torch.Tensor  # (N, T, 3, L, L) uint8
     attention: torch.Tensor  # (N, h, w): from [CLS] to each cell of the grid; the rest of 1 goes to the words
     names: list  # of the m <= 5 best answers of all clips together, the best first
-    scores: torch.Tensor  # (N + 1, m): what each clip says alone, and, last, all together: probabilities, or a count
+    scores: torch.Tensor  # (N + 1, m): what each clip says alone, and, last, all together: 0..1, or a count
     points: torch.Tensor  # (N,): p_i of the best, before any softmax: what G makes one number of
 
 
 def look(s, model, collate, example, n_clips):
     """-> Seen of an example at N_test = n_clips. A video that can't be read is an error."""
-    batch = collate([data.ClipDataset([example], s, n_clips=n_clips, train=False)[0, 0]])
+    batch = collate([data.ClipDataset([example], s, n_clips=n_clips, train=False)[0, 0]])  # epoch, index
     if batch["unreadable"][0]:
         raise data.DataError(batch["unreadable"][0][0])
     # --blind opens no video, so that a missing one, whose path is None, comes so far
@@ -682,6 +688,8 @@ def look(s, model, collate, example, n_clips):
     points = p[..., -1] if kind == "match" else p.flatten(1)  # (N + 1, options or answers): a number each
     if kind == "match":
         scores = clipbert.match_score(p.flatten(0, 1)).view_as(points)
+    elif kind == "soft":  # as in its loss, each answer for itself
+        scores = points.sigmoid()
     else:
         scores = points if kind == "count" else points.softmax(1)
     names = example.options or collate.answers or [example.text]

@@ -9,10 +9,11 @@
     torchrun --nproc_per_node=8 pretrain.py --data coco vg --model base    the paper's eight GPUs
 
 DIR holds COCO's captions_*.json, Visual Genome's region_descriptions.json, MSRVTT's json, or any
-.csv or .jsonl with the columns path and caption, and the images or videos. Validation captions are
-those of a val file there; without one, a tenth of the images is held out. A run writes to a folder
-of its own, runs/pretrain/ if that is free: config.json, log.jsonl (a line a step or evaluation),
-last.pt and the one before it, previous.pt, best.pt (lowest validation loss) and metrics.json.
+.csv, .tsv or .jsonl with the columns path and caption, and the images or videos. Validation
+captions are those of a val file there; without one, a tenth of the images is held out. A run writes
+to a folder of its own, runs/pretrain/ if that is free: config.json, log.jsonl (a line a step or
+evaluation), last.pt and the one before it, previous.pt, best.pt (lowest validation loss) and
+metrics.json.
 
 Read it from `run_training` on: settings -> data -> model -> loop -> evaluation.
 """
@@ -123,7 +124,7 @@ def train(s, model, collate, training, examples, val):
             frames = batch["frames"][:, 0]  # (B, T, 3, L, L): the one clip
             text = batch["input_ids"], batch["attention_mask"]  # (B*n, Lt): n captions an image
             with clipbert.autocast(s):
-                mlm_scores, itm_scores = training.forward(frames, *text, s.keep)
+                mlm_scores, itm_scores = training.parallel(frames, *text, s.keep)
             labels, match = batch["mlm_labels"], batch["target"]
             mlm = clipbert.mlm_loss(mlm_scores, labels, s.mlm_over, s.text_length)
             itm = clipbert.itm_loss(itm_scores, match)

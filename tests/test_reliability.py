@@ -86,7 +86,7 @@ def test_truncated_last_checkpoint_falls_back_on_the_one_before(toy, whole, tmp_
         os.truncate(last, last.stat().st_size // 2 if damage == "truncated" else 0)
     here(toy, tmp_path, *STEPS, "--resume")
     said = capsys.readouterr().out
-    assert "last.pt" in said and f"resuming from {tmp_path / 'previous.pt'}, step 11" in said
+    assert f"resuming from {tmp_path / 'previous.pt'}, step 11" in said
     assert same_end(tmp_path, whole)
 
 
