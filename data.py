@@ -1952,8 +1952,8 @@ def check(layout, folder, text_length):
     # A split with a video of training tests the memory of a model, and not what it has understood.
     known = {e.video for e in splits.get("train", [])}
     for split, examples in splits.items():
-        videos = check_videos(examples, faults, known if split != "train" else set())
-        for what, line in (*videos, *check_rows(examples, text_length)):
+        of_training = known if split != "train" else set()
+        for what, line in check_split(examples, faults, of_training, text_length):
             found.setdefault((what, split), []).append(line)
     return splits, found
 
@@ -1985,8 +1985,8 @@ def check_file(path):
     return None
 
 
-def check_videos(examples, faults, known):
-    """Yield (finding, line) of the videos of a split, each once, though it may have many questions.
+def check_split(examples, faults, known, text_length):
+    """Yield (finding, line) of a split: of each video once, though it may have many questions; of each row.
 
     faults: {path: what `check_file` says}. known: the videos of training; for training itself, none.
     """
@@ -1997,21 +1997,15 @@ def check_videos(examples, faults, known):
             yield faults[path]
         if video in known:
             yield "videos also in train", video
-
-
-def check_rows(examples, text_length):
-    """Yield (finding, line) of what stands twice, or is too long.
-
-    In multiple choice the text is the question and an option behind it: what is cut off is the
-    option, so that the model may be asked to choose between equals.
-    """
     rows = set()
     for e in examples:
         row = e.video, e.text, e.options
         if row in rows:
             yield "same row twice", f"{e.id}  {e.video}: {e.text}"
         rows.add(row)
-        # A word counts as one token; BERT's own vocabulary splits rare ones, so it cuts a little earlier.
+        # In multiple choice the text is the question and an option behind it: what is cut off is the option, so that
+        # the model may be asked to choose between equals. A word counts as one token; BERT's own vocabulary splits
+        # rare ones, so it cuts a little earlier.
         length = max(len(words_of(text)) for text in input_texts(e)) + 2  # with [CLS] and [SEP]
         if length > text_length:
             yield "text cut", f"{e.id}  {length} tokens: {input_texts(e)[0]}"
