@@ -34,7 +34,7 @@ SOURCES = {
     "finetune": HERE.parent / "finetune.py", "exercises": HERE / "exercises.py",
 }  # fmt: skip
 COPIED = (  # besides SOURCES
-    "pretrain.py", "LICENSE", "requirements.txt", "tests/conftest.py", "tests/runs.py", "tests/test_exercises.py",
+    "pretrain.py", "LICENSE", "requirements.txt", "tests/conftest.py", "tests/test_exercises.py",
     "tests/golden_pretrain.json", "tests/golden_retrieval.json", "tests/ablations.py",
 )  # fmt: skip
 EXERCISES = {  # what loses its body, "module.function" or "module.Class.method"; a helper before what calls it

@@ -1,12 +1,11 @@
 """What is fast and by how much: ratios, each measured in one run.
 
     python tests/benchmark.py                 every part that this machine can run: 15 minutes on two cores
-    python tests/benchmark.py decode feed     only these
+    python tests/benchmark.py decode step     only these
     CHECKPOINT=runs/msrvtt_retrieval/best.pt PAIRS=200 python tests/benchmark.py retrieval     with a trained model
 
     decode     clips of videos and of a GIF at 448 pixels, beside the reference's way (with PyAV, if that is installed)
     loader     the same in a data loader with two workers; and clips from the cache
-    feed       videos/s that a data loader alone delivers, by workers: compare with what `step` takes
     step       the training step and its memory, beside a plain one (on a GPU)
     memory     what a GPU has to hold, estimated on a CPU: what autograd keeps of one video, times the batch
     agree      are the losses of the two steps the same, as far as bf16 lets them be?
@@ -151,15 +150,14 @@ def decode():
         compare(f"{title}, N = {n}", jobs, aim=aim)
 
 
-def epoch(read, count, workers):
-    """-> a function that reads `count` videos, by fours; the workers stay from one call to the next."""
+def epoch(read, count):
+    """-> a function that reads `count` videos, by fours; two workers stay from one call to the next."""
 
     def batch(seeds):
         return torch.stack([read(generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    batches = torch.utils.data.DataLoader(range(count), batch_size=4, num_workers=workers, collate_fn=batch,
-                                          persistent_workers=workers > 0)  # fmt: skip
-    return lambda: [None for _ in batches]
+    loader = partial(torch.utils.data.DataLoader, num_workers=2, persistent_workers=True)
+    return partial(list, loader(range(count), batch_size=4, collate_fn=batch))
 
 
 def loader(count=16):
@@ -168,21 +166,12 @@ def loader(count=16):
     for name in ("15 s.mp4", "180 s.mp4"):
         data.write_cached(video(name), L, 4.0)
     reads = {way: partial(read, video("15 s.mp4"), 8, True) for way, read in (ways | {"cached": cached}).items()}
-    jobs = {way: epoch(read, count, 2) for way, read in reads.items()}
+    jobs = {way: epoch(read, count) for way, read in reads.items()}
     compare(f"DataLoader, 2 workers: {count} videos, 15 s, N = 8", jobs, 3, 2, videos=count)
     way, first = next(iter(ways.items()))
     for name, n in (("15 s.mp4", 1), ("15 s.mp4", 8), ("180 s.mp4", 1), ("180 s.mp4", 8)):
         jobs = {f"{way}, decoded": job(first, video(name), n, True), "ours": job(cached, video(name), n, True)}
         compare(f"From the cache, {name}, N = {n}", jobs, 15, 10)
-
-
-def feed(size=448, count=32):
-    """By the task's own sampling, from a video of 15 s and 320x240."""
-    for name, work in WORK.items():
-        read = partial(data.read_clips, video("15 s.mp4"), work.clips, work.frames, work.fps, size, True)
-        workers = sorted({0, 1, 2, os.cpu_count() // 2, os.cpu_count()})
-        jobs = {f"{n} workers": epoch(read, count, n) for n in workers}
-        compare(f"{name} at {size} px: {count} videos", jobs, 3, videos=count)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -364,7 +353,7 @@ def retrieval(n_clips=16):
         print(f"R@1, by --rerank: {recalls}; aim: 4x, R@1 within 0.5")
 
 
-PARTS = {part.__name__: part for part in (decode, loader, feed, step, memory, agree, retrieval)}
+PARTS = {part.__name__: part for part in (decode, loader, step, memory, agree, retrieval)}
 
 
 def main():

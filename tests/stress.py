@@ -33,7 +33,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from runs import FORK, errors, finish, logged, resume, same_end, start, tensors, wait_for
+from conftest import FORK, errors, finish, logged, same_end, start, tensors, wait_for
 from test_annotations import LAYOUTS, save
 from tqdm import tqdm
 
@@ -342,7 +342,8 @@ def kill(runs):
             process.join()
             logged(out)  # raises where a kill has cut a line in half
             inside += bool(list(out.glob("*.tmp"))) or not (out / "last.pt").exists() and (out / "previous.pt").exists()
-            code = resume(folder, out, *STEPS)
+            found = any((out / name).exists() for name in ("last.pt", "previous.pt"))
+            code = finish(start(folder, out, *STEPS, "--resume" if found else "--overwrite"))
             if code or not same_end(out, whole):
                 failures.append(f"run {i} ended otherwise, with exit code {code}: {errors(out)}")
     equal = f"{runs - len(failures)} of {runs} runs end with the weights, optimizer and log of the undisturbed one"

@@ -1,13 +1,13 @@
 """Annotation readers: every public layout, every way a row can be wrong, and the verbatim samples where they are."""
-import functools
 import json
 import shutil
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, refused
 
 import data
 
+read = data.read_examples
 ACTION = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey"
 WAVES = "g1\tWhat does the \"cat do 2 times ?\twave\tjump\tspin\tnod\thop\t3\tACTION1\t7"
 JUMPS = "g2\tWhat does the dog do ?\tjump\twave\tspin\tnod\thop\t0\tACTION2\t7"
@@ -20,18 +20,6 @@ def save(folder, name, content):
         content = "\n".join(map(json.dumps, content)) if name.endswith(".jsonl") else json.dumps(content)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-def error(read, *args):
-    """The one line that a reader ends with."""
-    with pytest.raises(data.DataError) as caught:
-        read(*args)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    return str(caught.value)
-
-
-def reader(task):
-    return functools.partial(data.read_examples, task)  # folder, split -> examples
 
 
 # ---------------------------------------------------------------- every layout
@@ -122,7 +110,7 @@ def test_every_file_is_read_as_it_stands(tmp_path, layout):
     for name, content in files.items():
         path = save(tmp_path, name, content)
         path.with_name(f"._{path.name}").touch()  # macOS likes to put such files beside others
-    assert data.read_examples(task, tmp_path, split) == examples
+    assert read(task, tmp_path, split) == examples
 
 
 def test_msrvtt_retrieval_reads_the_listed_videos_from_both_json_files(tmp_path, capsys):
@@ -131,17 +119,17 @@ def test_msrvtt_retrieval_reads_the_listed_videos_from_both_json_files(tmp_path,
     save(tmp_path, "test_videodatainfo.json", other | {"videos": other["videos"][:1]})
     save(tmp_path, "MSRVTT_train.9k.csv", "video_id\r\nv0\r\nv7\r\nv9\r\n")
     save(tmp_path, "MSRVTT_train.7k.csv", "video_id\nv2\n")
-    assert [e.video for e in reader("msrvtt_retrieval")(tmp_path, "train")] == ["v0"] * 2 + ["v7"] * 2
+    assert [e.video for e in read("msrvtt_retrieval", tmp_path, "train")] == ["v0"] * 2 + ["v7"] * 2
     assert "1 of its 3 videos have no caption" in capsys.readouterr().err
     (tmp_path / "MSRVTT_train.9k.csv").unlink()  # without it, the other public list
-    assert [e.video for e in reader("msrvtt_retrieval")(tmp_path, "train")] == ["v2"]
-    assert [len(reader("pretrain")(tmp_path, split)) for split in ("train", "test")] == [3, 2]
+    assert [e.video for e in read("msrvtt_retrieval", tmp_path, "train")] == ["v2"]
+    assert [len(read("pretrain", tmp_path, split)) for split in ("train", "test")] == [3, 2]
 
 
 def test_msrvtt_1ka_test_has_one_caption_per_video(tmp_path):
     rows = ["key,vid_key,video_id,sentence", "ret0,msr1,video1,a dog", "ret1,msr2,video2,a cat", "ret2,msr1,video1,it"]
     save(tmp_path, "MSRVTT_JSFUSION_test.csv", "\n".join(rows))
-    assert error(reader("msrvtt_retrieval"), tmp_path, "test").endswith(
+    assert refused(read, "msrvtt_retrieval", tmp_path, "test").endswith(
         "_test.csv:4: a second caption of 'video1'; in testing it has one: remove the others")
 
 
@@ -155,7 +143,7 @@ def vqa(folder, said, name="train2014"):
 
 def test_vqa_soft_scores_and_official_accuracy(tmp_path):
     vqa(tmp_path, ["2"] * 2 + ["Two."] + ["a dog", "the dog"] + ["3"] + ["dont know"] * 4)
-    example, = data.read_examples("vqa", tmp_path, "train")
+    example, = read("vqa", tmp_path, "train")
     assert example.answer == {"2": 1, "dog": 2 / 3, "3": 1 / 3, "don't know": 1}
     assert (example.video, example.question_type, len(example.people)) == ("000000000009", "number", 10)
     official = {"2": .9, "two": .9, "dog": .6, "3": .3, "don't know": 1, "cat": 0}  # 3 people: 3 x 2/3 + 7 x 1
@@ -166,7 +154,7 @@ def test_vqa_soft_scores_and_official_accuracy(tmp_path):
 
 def test_labels_of_a_jsonl_are_accuracies_and_vqa_is_tested_on_val(tmp_path):
     vqa(tmp_path, ["yes"] * 10, "val2014")
-    example, = data.read_examples("vqa", tmp_path, "test")
+    example, = read("vqa", tmp_path, "test")
     assert example.answer == {"yes": 1}
     assert data.vqa_accuracy("no", example._replace(answer={"yes": 1, "no": .3}, people=())) == .3
 
@@ -187,41 +175,75 @@ def test_answer_lists(tmp_path):
     assert data.read_answer_list(tmp_path) == ["woman", "man"]
     for wrong in ({"a": 0, "b": 2}, {"a": 0, "b": 0}, {"a": "0"}, {}):
         save(tmp_path, "train_ans2label.json", wrong)
-        assert "each used once" in error(data.read_answer_list, tmp_path)
+        assert "each used once" in refused(data.read_answer_list, tmp_path)
 
 
 def test_captions_that_are_blank_or_have_no_image(tmp_path, capsys):
     save(tmp_path, "captions_train2014.json", COCO)
-    assert len(reader("pretrain")(tmp_path, "train")) == 2
+    assert len(read("pretrain", tmp_path, "train")) == 2
     assert "captions_train2014.json: left out 1 blank captions" in capsys.readouterr().err
     save(tmp_path, "captions_train2014.json", COCO | {"images": COCO["images"][1:]})
-    assert "annotations[1]: image_id '1' has no match in the other list" in error(reader("pretrain"), tmp_path, "train")
+    assert "annotations[1]: image_id '1' has no match in the other list" in refused(read, "pretrain", tmp_path, "train")
 
 
 # ---------------------------------------------------------------- what is wrong is named, with its line
-@pytest.mark.parametrize("line, what", [
-    (JUMPS.replace("\t0\t", "\t5\t"), "answer should be a whole number from 0 to 4, is '5'"),
-    *[(JUMPS.replace("\t0\t", f"\t{wrong}\t"), f"is '{wrong}'") for wrong in ("-1", "0.0", "")],
-    (JUMPS.replace("\t0\t", "\t\u0663\t"), "whole number"),  # int() reads Arabic digits
-    (JUMPS.replace("\tnod", ""), "9 columns where the header has 10"),
-    (JUMPS + "\tmore", "11 columns"),
-    (JUMPS.replace("\tnod", "\t "), "option 4 is blank"),
-    (JUMPS.replace("What does the dog do ?", " "), "question is blank"),
-    (JUMPS.replace("dog", "d\0g"), "not text"),
-    (JUMPS.replace("dog", "d" * 30_000), "question has more than 20,000 characters"),
-    (f"../{JUMPS}", "'../g2': a media name must stay inside"),
-    ("", "1 columns"),
-])
-def test_malformed_table_rows(tmp_path, line, what):
-    path = save(tmp_path, "Train_action_question.csv",
-                 f"{ACTION}\r\n{WAVES}\r\n{line}\r\n{JUMPS.replace('N2', 'N3')}\r\n")
-    message = error(reader("tgif_qa"), tmp_path, "train")
-    assert message.startswith(f"{path}:3: ") and what in message
+GOOD = '{"question": "q ?", "answer": "a", "video_id": "v"}'
+MALFORMED = {  # task, split, file: what it says, the place and the words of its error
+    ("tgif_qa", "train", "Train_action_question.csv"): [
+        *[(f"{ACTION}\r\n{WAVES}\r\n{line}\r\n{JUMPS.replace('N2', 'N3')}\r\n", ":3: ", what) for line, what in [
+            (JUMPS.replace("\t0\t", "\t5\t"), "answer should be a whole number from 0 to 4, is '5'"),
+            *[(JUMPS.replace("\t0\t", f"\t{wrong}\t"), f"is '{wrong}'") for wrong in ("-1", "0.0", "")],
+            (JUMPS.replace("\t0\t", "\t\u0663\t"), "whole number"),  # int() reads Arabic digits
+            (JUMPS.replace("\tnod", ""), "9 columns where the header has 10"),
+            (JUMPS + "\tmore", "11 columns"),
+            (JUMPS.replace("\tnod", "\t "), "option 4 is blank"),
+            (JUMPS.replace("What does the dog do ?", " "), "question is blank"),
+            (JUMPS.replace("dog", "d\0g"), "not text"),
+            (JUMPS.replace("dog", "d" * 30_000), "question has more than 20,000 characters"),
+            (f"../{JUMPS}", "'../g2': a media name must stay inside"),
+            ("", "1 columns"),
+        ]],
+        *[(empty, ": ", "no examples") for empty in ("", ACTION)],
+        (f"{WAVES}\n{JUMPS}", ":2: ", "path or gif_name or clip_name or"),
+        (f"{ACTION.replace('answer', 'solution')}\n{WAVES}", ":2: ", "answer is missing"),
+        (f"{ACTION.replace('a2', 'a1')}\n{WAVES}", ":1: ", "two columns have the same name"),
+        (f"{ACTION.replace('a2', 'b2')}\n{WAVES}", ":2: ", "a2 is missing"),
+        (f"{ACTION}\n{WAVES}\n{JUMPS.replace('dog', 'chién')}".encode("latin-1"), ":3: ", "not UTF-8"),
+        (f"{ACTION}\n{WAVES}".encode("utf-16"), ":1: ", "not UTF-8"),
+    ],
+    ("msrvtt_qa", "train", "train.jsonl"): [(f"{GOOD}\r\n{line}\n{GOOD}\n\n", ":2: ", what) for line, what in [
+        ('{"question": "q", ', "Expecting property name"),
+        ('["question"]', "expected {key: value}, found list"),
+        ('{"question": 7, "answer": "a", "video_id": "v"}', "question should be text, is 7"),
+        ('{"question": "q", "answer": 7, "video_id": "v"}', "answer should be text, is 7"),
+        ('{"question": "q", "answer": null, "video_id": "v"}', "answer is missing"),
+        ('{"question": "q", "answer": NaN, "video_id": "v"}', "answer should be text, is nan"),
+        ('{"question": "q", "answer": "a"}', "path or gif_name or clip_name or video or"),
+        ('{"question": "\\ud800", "answer": "a", "video_id": "v"}', "not text"),
+        ('{"question": "q\\u0000", "answer": "a", "video_id": "v"}', "not text"),
+        ('{"question": "q", "answer": "a", "video_id": true}', "video_id should be text, is True"),
+        ("[" * 100_000, "recursion"),
+        ("9" * 5000, "digits"),
+        ("", "Expecting value"),
+    ]],
+    ("msrvtt_mc", "test", "mc_test.jsonl"): [  # what is no index is never guessed
+        ([{"clip_name": "v", "options": list("abcde"), "answer": wrong}], ":1: ", "answer")
+        for wrong in (True, 2.0, "1_0", -1, 5, [1], None, 10**30)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [(*where, *row) for where, rows in MALFORMED.items() for row in rows])
+def test_what_is_malformed_is_named_with_its_place(tmp_path, row):
+    task, split, file, content, place, what = row
+    path = save(tmp_path, file, content)
+    message = refused(read, task, tmp_path, split)
+    assert message.startswith(f"{path}{place}") and what in message
 
 
 def test_rows_that_two_lists_join_must_belong_together_one_by_one(tmp_path):
     vqa(tmp_path, ["yes"] * 9)
-    assert "questions[0]: expected the answers of 10 people, found 9" in error(reader("vqa"), tmp_path, "train")
+    assert "questions[0]: expected the answers of 10 people, found 9" in refused(read, "vqa", tmp_path, "train")
     row = {"question_id": 90, "image_id": 9, "answers": [{"answer": "no"}] * 10}
     for annotations, what in (
         ([row, row], "annotations[1]: question_id '90' is there twice"),
@@ -231,49 +253,7 @@ def test_rows_that_two_lists_join_must_belong_together_one_by_one(tmp_path):
         ({}, "annotations should be a list, is dict"),
     ):
         save(tmp_path, "v2_mscoco_train2014_annotations.json", {"annotations": annotations})
-        assert what in error(reader("vqa"), tmp_path, "train")
-
-
-@pytest.mark.parametrize("content, what", [
-    *[(empty, "no examples") for empty in ("", ACTION)],
-    (f"{WAVES}\n{JUMPS}", ":2: path or gif_name or clip_name or"),
-    (f"{ACTION.replace('answer', 'solution')}\n{WAVES}", ":2: answer is missing"),
-    (f"{ACTION.replace('a2', 'a1')}\n{WAVES}", ":1: two columns have the same name"),
-    (f"{ACTION.replace('a2', 'b2')}\n{WAVES}", ":2: a2 is missing"),
-    (f"{ACTION}\n{WAVES}\n{JUMPS.replace('dog', 'chién')}".encode("latin-1"), ":3: not UTF-8"),
-    (f"{ACTION}\n{WAVES}".encode("utf-16"), ":1: not UTF-8"),
-])
-def test_malformed_tables(tmp_path, content, what):
-    save(tmp_path, "Train_action_question.csv", content)
-    assert what in error(reader("tgif_qa"), tmp_path, "train")
-
-
-@pytest.mark.parametrize("line, what", [
-    ('{"question": "q", ', "Expecting property name"),
-    ('["question"]', "expected {key: value}, found list"),
-    ('{"question": 7, "answer": "a", "video_id": "v"}', "question should be text, is 7"),
-    ('{"question": "q", "answer": 7, "video_id": "v"}', "answer should be text, is 7"),
-    ('{"question": "q", "answer": null, "video_id": "v"}', "answer is missing"),
-    ('{"question": "q", "answer": NaN, "video_id": "v"}', "answer should be text, is nan"),
-    ('{"question": "q", "answer": "a"}', "path or gif_name or clip_name or video or"),
-    ('{"question": "\\ud800", "answer": "a", "video_id": "v"}', "not text"),
-    ('{"question": "q\\u0000", "answer": "a", "video_id": "v"}', "not text"),
-    ('{"question": "q", "answer": "a", "video_id": true}', "video_id should be text, is True"),
-    ("[" * 100_000, "recursion"),
-    ("9" * 5000, "digits"),
-    ("", "Expecting value"),
-])
-def test_malformed_jsonl_rows(tmp_path, line, what):
-    good = '{"question": "q ?", "answer": "a", "video_id": "v"}'
-    path = save(tmp_path, "train.jsonl", f"{good}\r\n{line}\n{good}\n\n")
-    message = error(reader("msrvtt_qa"), tmp_path, "train")
-    assert message.startswith(f"{path}:2: ") and what in message
-
-
-@pytest.mark.parametrize("answer", [True, 2.0, "1_0", -1, 5, [1], None, 10**30])
-def test_an_answer_that_is_no_index_is_never_guessed(tmp_path, answer):
-    save(tmp_path, "mc_test.jsonl", [{"clip_name": "v", "options": list("abcde"), "answer": answer}])
-    assert "mc_test.jsonl:1: answer" in error(reader("msrvtt_mc"), tmp_path, "test")
+        assert what in refused(read, "vqa", tmp_path, "train")
 
 
 # ---------------------------------------------------------------- names to files
@@ -303,7 +283,7 @@ def test_media_names_never_leave_the_folder(tmp_path, name):
     (tmp_path / "data/linked.mp4").symlink_to(tmp_path / "secret.mp4")
     (tmp_path / "data/away").symlink_to(tmp_path)
     (tmp_path / "data/inside.mp4").symlink_to("own.mp4")
-    assert "data folder" in error(data.find_media, tmp_path / "data", name)
+    assert "data folder" in refused(data.find_media, tmp_path / "data", name)
     assert data.find_media(tmp_path / "data", "inside")
 
 
@@ -313,10 +293,10 @@ def test_annotations_one_folder_deeper_and_several_folders(tmp_path):
     save(tmp_path, "one/gifs/g1.gif", "")
     save(tmp_path, "two/Train_action_question.csv", f"{ACTION}\n{JUMPS}\n")
     save(tmp_path, "two/.old/Train_action_question.csv", "")
-    examples = data.read_examples("tgif_qa", [tmp_path / "one", tmp_path / "two"], "train")
+    examples = read("tgif_qa", [tmp_path / "one", tmp_path / "two"], "train")
     assert [(e.video, e.path) for e in examples] == [("g1", str(tmp_path / "one/gifs/g1.gif")), ("g2", None)]
     save(tmp_path, "one/again/Train_action_question.csv", "")
-    assert "dataset/Train_action_question.csv both fit" in error(reader("tgif_qa"), tmp_path / "one", "train")
+    assert "dataset/Train_action_question.csv both fit" in refused(read, "tgif_qa", tmp_path / "one", "train")
 
 
 # ---------------------------------------------------------------- the verbatim samples
@@ -353,4 +333,4 @@ def test_samples_parse_to_exactly_their_examples(tmp_path, file, task, split, co
     for name in {path.name, BESIDE.get(path.name, path.name.replace("annotations", "questions"))}:
         public = name.replace("official_toplevel", "v2_train2014")
         shutil.copyfile(path.with_name(name), tmp_path / public)  # alone: nothing else in the folder can stand in
-    assert len(data.read_examples(task, tmp_path, split)) == count
+    assert len(read(task, tmp_path, split)) == count

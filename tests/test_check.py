@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import settings
 
 import data
 
@@ -61,15 +60,6 @@ def test_training_videos_that_are_all_bad_are_not_called_fine(what, damage, toy,
     code, out, found = check(capsys, "tgif_qa_transition", toy.parent)  # two questions a video
     assert (code, found) == (1, {(f"videos {what}", "train"): 12}) and "nothing here" not in out
     assert len(re.findall("^  .*toy_train", out, re.MULTILINE)) == 3  # the first of them
-
-
-def test_training_gives_up_at_twenty_unreadable_videos_in_a_row(toy):
-    good = data.read_examples("tgif_qa", toy, "train")[0]
-    many = [good] + [good._replace(path=None)] * 20
-    dataset = data.ClipDataset(many, settings(frames=1, fps=1.0), n_clips=1, train=True)
-    assert len(dataset[0, 2]["unreadable"]) == 19  # behind the last example comes the first
-    with pytest.raises(data.DataError, match="20 unreadable videos in a row"):
-        dataset[0, 1]
 
 
 def test_annotations_that_cannot_be_read_are_one_finding(toy, capsys):

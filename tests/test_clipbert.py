@@ -10,6 +10,7 @@ tables that no recorded input reads are stored as zeros.
 import gzip
 import json
 import math
+import re
 import zlib
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from conftest import HERE, SHARED, learn_by_heart, settings
+from conftest import HERE, SHARED, refused, settings
 from safetensors.torch import load, load_file
 from torch._subclasses import FakeTensorMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -77,26 +78,14 @@ def on_grids(model, state):
     return model.eval()
 
 
-def gradients_match(model, norms, prefix=""):
-    """norms: {name in the official checkpoint: norm, or None of a parameter that has no gradient there}."""
-    parameters = dict(model.named_parameters())
-    for key, norm in norms.items():
-        if norm is not None:
-            gradient = parameters[clipbert.official_name(prefix + key)].grad
-            assert gradient.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), key
-
-
-def test_transformer_and_loss_and_gradients_match_the_reference():
-    """Of a multiple choice: its logits and loss to 1e-5, the norm of each gradient to 1e-3 of it."""
+def test_transformer_and_loss_match_the_reference():
+    """Of a multiple choice: its logits and loss to 1e-5."""
     state, given, expected = golden("multichoice")
     model = on_grids(clipbert.ClipBert(TINY, 1), state)
     # the reference repeats each video for its five options; here it is given once
     p = model(given["visual_inputs_before_repeat"], given["text_input_ids"], given["text_input_mask"])
     close(p.view(2, 5), expected["logits"], 1e-5)
-    loss = clipbert.video_loss(p, given["labels"], "choice")
-    close(loss, expected["loss"].mean(), 1e-5)
-    loss.backward()
-    gradients_match(model, GOLDEN["grad_norms"]["multichoice"], "transformer.")
+    close(clipbert.video_loss(p, given["labels"], "choice"), expected["loss"].mean(), 1e-5)
 
 
 def test_transformer_pretraining_heads_match_the_reference():
@@ -159,7 +148,11 @@ def test_official_model_outputs_match_the_reference(official):
 
 def test_official_model_gradients_match_the_reference(official):
     """Their norms from the classifier down to res3, and the norm of all of them (what gradient clipping sees)."""
-    gradients_match(official.model, GOLDEN["e2e"]["grad_norms"])
+    parameters = dict(official.model.named_parameters())
+    for key, norm in GOLDEN["e2e"]["grad_norms"].items():
+        if norm is not None:  # of a parameter that has no gradient there
+            gradient = parameters[clipbert.official_name(key)].grad
+            assert gradient.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), key
     total = torch.nn.utils.get_total_norm([p.grad for p in official.model.parameters() if p.grad is not None])
     assert total.item() == pytest.approx(GOLDEN["e2e"]["grad_total_norm"], rel=1e-3)
 
@@ -182,26 +175,14 @@ def test_official_frozen_parameters_are_the_references(official):
     assert sum(p.numel() for p in parameters.values()) == GOLDEN["e2e"]["used_in_forward"] == 148_440_775
 
 
-def test_official_checkpoint_of_another_shape_is_reported_not_loaded():
-    """A classifier for other answers is reported, unknown names as well; the rest is copied."""
-    model = clipbert.ClipBert(TINY, num_outputs=3)
-    before = model.classifier[2].weight.clone()
-    state = {"transformer.classifier.2.weight": torch.ones(7, 64), "transformer.classifier.0.bias": torch.ones(64)}
-    report = clipbert.load_official_checkpoint(model, state | {"transformer.nonsense": torch.ones(1)})
-    assert report["loaded"] == ["classifier.0.bias"] and model.classifier[0].bias.eq(1).all()
-    assert report["unexpected"] == ["nonsense"]
-    assert report["mismatched"] == ["classifier.2.weight (7, 64), here (3, 64)"]
-    assert torch.equal(model.classifier[2].weight, before)
-    with pytest.raises(ValueError, match="no tensor of this file fits"):
-        clipbert.copy_weights(model, {"nonsense": torch.ones(1)})
-
-
 def test_official_weights_in_a_torchvision_layout_are_refused():
     """The same tensors fit a base() model, and would give wrong features there: strides and channels differ."""
     state = {"cnn.feature.backbone.stem.conv1.weight": torch.zeros(64, 3, 7, 7)}
     for cfg in (TINY, replace(TINY, bgr=True), replace(TINY, caffe_strides=True)):
         with pytest.raises(ValueError, match="official"):
             clipbert.load_official_checkpoint(clipbert.ClipBert(cfg, 1), state)
+    with pytest.raises(ValueError, match="no tensor of this file fits"):
+        clipbert.copy_weights(torch.nn.Linear(1, 1), state)
 
 
 def test_golden_schedule():
@@ -265,11 +246,10 @@ def test_trajectory_of_training_steps_is_the_references(steps):
             assert (model.state_dict()[new] - end[name]).norm() <= 1e-2 * way, name
 
 
-TOY = clipbert.ClipBertConfig.tiny(vocab_size=1000)
 BASE = replace(clipbert.ClipBertConfig.base(), num_hidden_layers=2, vocab_size=1000)
 
 
-@pytest.mark.parametrize("cfg, cells", [(TOY, 4), (BASE, 1)], ids=["tiny", "base"])
+@pytest.mark.parametrize("cfg, cells", [(clipbert.ClipBertConfig.tiny(1000), 4), (BASE, 1)], ids=["tiny", "base"])
 @torch.no_grad()
 def test_init_loss_of_every_head_is_ln_classes(cfg, cells):
     """A new model has no opinion: 5 options, 1540 answers, matching or not, 1000 words; counting starts near zero."""
@@ -300,13 +280,19 @@ def test_overfit_eight_examples(kind):
     ids, mask = (x[:8].repeat_interleave(n, dim=0) for x in (ids, mask))
     if kind == "choice":
         ids[:, 1] = torch.arange(10, 10 + n).repeat(8)  # the options of a question differ in one token
-    inputs, target = (frames.view(8, 2, 1, 3, 32, 32), ids, mask), torch.arange(8) % 4
-    model = clipbert.ClipBert(TINY, num_outputs)
-
-    def loss_of():
-        return clipbert.video_loss(clipbert.aggregate_clips(model(*inputs), how), target, kind)
-
-    learn_by_heart(model, loss_of, 150, 3e-3)
+    model, target = clipbert.ClipBert(TINY, num_outputs), torch.arange(8) % 4
+    optimizer = clipbert.build_optimizer(model)
+    for step in range(1, 151):
+        clipbert.set_step(optimizer, step, 3e-3)
+        p = clipbert.aggregate_clips(model(frames.view(8, 2, 1, 3, 32, 32), ids, mask), how)
+        loss = clipbert.video_loss(p, target, kind)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        if loss < 0.01:
+            return
+    pytest.fail(f"the loss is still {loss}")
 
 
 def test_precision_fp32_on_a_gpu_computes_without_tf32(monkeypatch):
@@ -442,13 +428,6 @@ def test_start_from_a_bert_without_heads_and_of_a_model_without_them(files, caps
     close(model.bert.pooler.dense.weight, files.bert.bert.pooler.dense.weight, 0)
 
 
-def stops_in_one_line(files, words, **changes):
-    """Rather than train a model that is random in part."""
-    with pytest.raises(ValueError, match=words) as raised:
-        start(files, **changes)
-    assert "\n" not in str(raised.value)
-
-
 @pytest.mark.parametrize("changes, words", [
     ({"num_hidden_layers": 3}, "not a whole BERT"), ({"intermediate_size": 64}, "not a whole BERT"),
     ({"model_type": "roberta"}, "holds a roberta; give a BERT"),
@@ -457,7 +436,7 @@ def test_start_from_a_bert_that_is_not_what_it_says_stops(files, changes, words,
     """Tensors that are missing or of another shape, another transformer. transformers would print a table besides."""
     config = files.folder / "bert" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    stops_in_one_line(files, f"^{config.parent}: {words}")
+    assert refused(start, files, error=ValueError).startswith(f"{config.parent}: {words}")
     assert not caplog.records
 
 
@@ -465,7 +444,8 @@ def test_start_from_a_bert_that_is_not_what_it_says_stops(files, changes, words,
 def test_start_from_another_resnet_stops(files, other):
     path = files.folder / "other.pth"
     torch.save(torchvision.models.ResNet(*other).state_dict(), path)
-    stops_in_one_line(files, f"^{path}: not a resnet50; give torchvision's resnet50-", resnet=path)
+    line = refused(start, files, error=ValueError, resnet=path)
+    assert line.startswith(f"{path}: not a resnet50; give torchvision's resnet50-")
 
 
 @pytest.mark.parametrize("which", ["resnet", "bert"])
@@ -478,7 +458,8 @@ def test_start_without_network_lists_the_choices(files, monkeypatch, which):
     if which == "bert":
         monkeypatch.setattr(BertForPreTraining, "from_pretrained", no_network)
     monkeypatch.setattr(torchvision.models, "get_model", no_network)
-    stops_in_one_line(files, "TimeoutError.*--resnet.*--bert.*--init.*--scratch", resnet=None)
+    line = refused(start, files, error=ValueError, resnet=None)
+    assert re.search("TimeoutError.*--resnet.*--bert.*--init.*--scratch", line)
 
 
 def test_start_from_a_checkpoint_of_ours_brings_its_sizes_and_words():

@@ -41,7 +41,6 @@ def places(tmp_path_factory, toy_videos, toy_photos):
     torch.save({"model": Attack()}, tmp / "attack.pt")
     torch.save([1, 2], tmp / "list.pt")
     torch.save({"config": {"n_layer": 12}, "model": {}}, tmp / "gpt.pt")
-    torch.save({"conv.weight": torch.zeros(1)}, tmp / "other.pt")
     places = {"tmp": tmp, "toy": toy_videos, "captions": toy_photos, "run": tmp / "run", "pre": tmp / "pre"}
     places["gif"] = toy_videos / "gifs" / "toy_test_0000.gif"
     command("finetune --data {toy} --out {run} --batch_size 2 --max_steps 1 --test_clips 1".format(**places))
@@ -66,10 +65,8 @@ WRONG = [  # command, words of its one line
     ("finetune --data {tmp}/empty", "empty: no annotation file; looked for Train_action_question*.csv"),
     ("pretrain --data {toy}/gifs", "gifs: no annotation file; looked for *caption[s_]*.json"),
     ("pretrain --data {captions} --limit 1", "1 validation images are too few: put more captioned images there"),
-    ("pretrain --data {captions} {tmp}/nowhere", "--data nowhere: no such folder; give"),
     ("finetune --data {toy} --out {run}", "run: holds a run; choose another --out, go on with --resume --overwrite"),
     ("finetune --data {toy} --out {tmp}/text.pt/run", "text.pt/run Not a directory another --out"),
-    ("finetune --data {toy} --out {run} --resume --task tgif_qa_count", "last.pt: was begun with --task tgif_qa_action, not tgif_qa_count; leave"),
     ("finetune --data {toy} --out {tmp}/empty --resume", "empty: holds no whole last.pt or previous.pt to start anew, leave out"),
     ("finetune --data {toy} --init {tmp}/none.pt", "none.pt: no such checkpoint give a file"),
     ("finetune --data {toy} --init {toy}", "videos: no such checkpoint (Is a directory) give a file"),
@@ -95,7 +92,6 @@ WRONG = [  # command, words of its one line
     ("data chek", "invalid choice: 'chek' did you mean check?"),
     ("data cache --data {tmp}/empty", "empty: no videos in it"),
     ("data show {tmp}/x.gif", "x.gif: no such file"),
-    ("data show {gif} --clips 0", "--clips: '0' is not a whole number from 1 to 64"),
     ("data show {gif} --clip 2", "unrecognized arguments: --clip did you mean --clips?"),
     ("data show {gif} --out sheet.nonsense", "nonsense"),
     ("data show {gif} --out none/a.png", "none/a.png"),

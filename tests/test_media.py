@@ -12,13 +12,12 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, refused
 from PIL import Image
 
 import data as media
 
 VIDEOS, GOLDEN = SHARED / "videos", SHARED / "golden"
-needs_videos = pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"the odd real files are not here: {VIDEOS}")
 
 
 # ---------------------------------------------------------------- resizing
@@ -204,7 +203,7 @@ def test_truncated_video_has_the_frames_that_are_there(tmp_path, both_ways, monk
     assert shown[:2] == [5, 20] and found.num_frames - 3 < shown[2] == shown[3] < 95
     monkeypatch.undo()
     path.write_bytes(data[: data.index(b"mdat") + 8])  # the header alone
-    pytest.raises(media.DataError, media.probe, path).match("no readable video stream")
+    assert "no readable video stream" in refused(media.probe, path)
 
 
 def test_colours_and_scaling(tmp_path):
@@ -266,9 +265,8 @@ def test_damaged_cached_file(tmp_path, keep):
     media.write_cached(path, SIZE, 5.0)
     entry = media.cached_file_of(path, SIZE)
     entry.write_bytes(entry.read_bytes()[:keep])
-    with pytest.raises(media.DataError, match="damaged; remove it") as caught:
-        media.read_clips(path, 8, 2, 2, SIZE, False, cache=True)
-    assert str(entry) in str(caught.value)
+    message = refused(media.read_clips, path, 8, 2, 2, SIZE, False, cache=True)
+    assert "damaged; remove it" in message and str(entry) in message
 
 
 def test_cache_command(tmp_path, capsys):
@@ -365,22 +363,21 @@ BAD = [  # what it is, how it is made
 def test_bad_files(tmp_path, message, save):
     path = tmp_path / "bad.mp4"
     save(path)
-    with pytest.raises(media.DataError, match=message) as caught:
-        media.read_clips(path, 2, 2, 2, SIZE, train=False)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    line = refused(media.read_clips, path, 2, 2, 2, SIZE, train=False)
+    assert message in line and str(path) in line
 
 
 def test_time_limit(tmp_path, monkeypatch):  # that of GIFs: test_strangers.py
     path = make_video(tmp_path / "video.mp4", 30, *X264)
     monkeypatch.setattr(media, "TIME_LIMIT", 0.0)
-    pytest.raises(media.DataError, media._probe_video, path).match("over 0 s")
+    assert "over 0 s" in refused(media._probe_video, path)
 
 
 # ---------------------------------------------------------------- odd files met in the wild
 REAL = json.loads((VIDEOS / "manifest.json").read_text())["files"] if VIDEOS.is_dir() else []
 
 
-@needs_videos
+@pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"the odd real files are not here: {VIDEOS}")
 @pytest.mark.parametrize("entry", REAL, ids=lambda entry: entry["file"])
 def test_odd_real_files(entry):
     path = VIDEOS / entry["file"]

@@ -6,19 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SHARED, learn_by_heart, lines, metrics, run, settings
+from conftest import lines, metrics, run, settings, short
 from test_annotations import save
 
-import clipbert
 import data
 import pretrain
-
-
-def short(toy, out, *more):
-    """A run of six steps; of several flags the last one counts. -> its metrics."""
-    folders = toy if isinstance(toy, list) else [toy]
-    run(pretrain, "--data", *folders, "--out", out, "--batch_size", 4, "--max_steps", 6, "--workers", 0, *more)
-    return metrics(out)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -51,7 +43,7 @@ def test_masks_do_not_depend_on_the_other_texts_of_the_batch():
 
 def test_evaluation_comes_at_the_ends_of_epochs_or_when_it_is_asked_for(toy_photos, tmp_path, monkeypatch, capsys):
     def evaluations(out, *more):
-        short(toy_photos, out, "--captions", 6, "--max_steps", 12, "--mask_rate", 0.5, *more)
+        short(pretrain, toy_photos, out, "--captions", 6, "--max_steps", 12, "--mask_rate", 0.5, *more)
         return [row["step"] for row in lines(out / "log.jsonl") if "mlm_accuracy" in row]
 
     monkeypatch.setitem(pretrain.TINY, "eval_every", None)  # what base has
@@ -77,7 +69,7 @@ def test_evaluation_looks_at_2000_images_of_a_folder_at_most(toy_photos, tmp_pat
 
 
 def test_fixed_masks_make_two_evaluations_agree(toy_photos, tmp_path):
-    said = short(toy_photos, tmp_path)
+    said = short(pretrain, toy_photos, tmp_path)
     run(pretrain, "--data", toy_photos, "--eval", tmp_path / "last.pt", "--seed", 5, "--batch_size", 3)
     again = metrics(tmp_path, "-last-val-photos")
     drop = {"seconds", "mlm_loss", "itm_loss"}  # losses up to rounding: other batches
@@ -85,34 +77,3 @@ def test_fixed_masks_make_two_evaluations_agree(toy_photos, tmp_path):
     assert again["mlm_loss"] == pytest.approx(said["mlm_loss"], abs=1e-3)
     assert 0 < said["masked_words"] < 0.3 * said["captions"] * 10
     assert said["matched"] == said["captions"] / 2
-
-
-def test_checkpoint_starts_a_finetuning(toy_photos, tmp_path):
-    short(toy_photos, tmp_path)
-    state = clipbert.load_checkpoint(tmp_path / "last.pt")
-    assert "num_outputs" not in state
-    report = clipbert.copy_weights(clipbert.ClipBert(clipbert.config_from(state), 5), state["model"])
-    assert all(name.startswith("classifier.") for name in report["missing"])
-    assert all(name.startswith("cls.") for name in report["unexpected"]) and not report["mismatched"]
-
-
-def test_overfit_tells_match_from_mismatch_and_flips_when_the_images_are_swapped(toy_photos):
-    """Four photos, each with one caption of its own: ITM must become right, and must come from looking."""
-    torch.manual_seed(0)
-    paths = [toy_photos / "train2017" / f"{i:012d}.png" for i in range(1, 5)]
-    frames = torch.stack([data.read_clips(path, 1, 1, 1.0, 64, False)[0] for path in paths])
-    ids = torch.tensor([[2, word, 3] for word in (5, 6, 7, 8)] * 4)  # all four captions of every image
-    labels = torch.eye(4, dtype=torch.long).flatten()
-    model, text = clipbert.ClipBertForPreTraining(clipbert.ClipBertConfig.tiny(9)), (ids, torch.ones_like(ids))
-    learn_by_heart(model, lambda: clipbert.itm_loss(model(frames, *text)[1], labels), 300, 5e-4)
-    for shift in (0, 1):
-        right = model(frames.roll(shift, 0), *text)[1].argmax(1)
-        assert torch.equal(right, labels.view(4, 4).roll(shift, 0).flatten())
-
-
-@pytest.mark.skipif(not (SHARED / "real").is_dir(), reason=f"the real videos and photos are not here: {SHARED}")
-@pytest.mark.parametrize("name, images", [("msrvtt", 3), ("coco_captions", 12)])
-def test_real_captioned_videos_and_photos_go_through_the_same_loop(name, images, tmp_path):
-    """Two frames of each video. Neither has a validation part, so some are held out."""
-    said = short(SHARED / "real" / name, tmp_path, "--frames", 2, "--fps", 2, "--max_steps", 2)
-    assert said["examples"] == images and said["unreadable"] == 0
