@@ -113,8 +113,9 @@ class ClipBertConfig:
         tokens from step one.
         """
         return cls(
-            backbone="tiny", frozen_stages=0, hidden_size=96, num_hidden_layers=3, num_attention_heads=4,
-            intermediate_size=192, vocab_size=vocab_size, dropout=0.0, initializer_range=96**-0.5,
+            backbone="tiny", frozen_stages=0, hidden_size=96, num_hidden_layers=3,
+            num_attention_heads=4, intermediate_size=192, vocab_size=vocab_size, dropout=0.0,
+            initializer_range=96**-0.5,
             # of the toy frames, which are mostly dark
             pixel_mean=(45.0, 45.0, 45.0), pixel_std=(60.0, 60.0, 60.0),
         )  # fmt: skip
@@ -267,7 +268,7 @@ class VideoTextEncoder(nn.Module):
         self.visual_embeddings.apply(self.init_weights)
 
     def init_weights(self, module):
-        """BERT's initialisation: N(0, initializer_range), zero biases. (The grid encoder's is torch's.)"""
+        """BERT's: N(0, initializer_range), zero biases. (The grid encoder's is torch's.)"""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.cfg.initializer_range)
         if isinstance(module, nn.Linear):
@@ -311,8 +312,9 @@ BERT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "interm
 def bert_config(cfg):
     """The BERT of a ClipBertConfig, as transformers wants to know it."""
     return BertConfig(
-        **{name: getattr(cfg, name) for name in BERT_SIZES}, initializer_range=cfg.initializer_range,
+        **{name: getattr(cfg, name) for name in BERT_SIZES},
         hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout,
+        initializer_range=cfg.initializer_range,
         attn_implementation="sdpa",  # torch's fused attention
     )  # fmt: skip
 
@@ -339,8 +341,8 @@ class ClipBert(VideoTextEncoder):
             nn.Linear(2 * cfg.hidden_size, num_outputs),
         )
         self.classifier.apply(self.init_weights)
-        # The first loss should be ln(classes) whatever initializer_range is: no opinion before the first
-        # example.
+        # The first loss should be ln(classes) whatever initializer_range is: no opinion before the
+        # first example.
         nn.init.normal_(self.classifier[-1].weight, std=0.02)
 
     def classify(self, grid, input_ids, attention_mask):

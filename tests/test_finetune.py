@@ -181,10 +181,13 @@ def test_judge_says_what_is_right(task, answers, scores, readable, predictions, 
 
 
 @pytest.mark.parametrize("case", GOLDEN["scores"], ids=lambda c: f"{c['case']}-{c['pool']}")
-def test_golden_scores_of_a_match(case):
+def test_golden_scores_and_losses_of_a_match(case):
     p = clipbert.aggregate_clips(torch.tensor(case["logits"]), case["pool"])
     scores = torch.tensor(case["eval_scores"], dtype=torch.float64)
     torch.testing.assert_close(clipbert.match_score(p), scores, rtol=0, atol=1e-6)
+    if case["labels"]:  # extreme logits were recorded for evaluation only
+        loss = clipbert.video_loss(p, torch.tensor(case["labels"]), "match")
+        assert loss.item() == pytest.approx(case["loss"], rel=1e-5, abs=1e-6)
 
 
 class Job:
