@@ -1069,6 +1069,8 @@ def use_machine(s, model):
         torch.backends.cudnn.benchmark = True
         # TF32 rounds to 10 bits, three digits, where fp32 is to agree with the reference to five
         torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
+        # this kernel of attention would be built anew for each length of text
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif model.cfg.backbone == "tiny":  # its operations are small: more threads would only wait
         torch.set_num_threads(min(4, torch.get_num_threads()))
     return model.to(DEVICE)
@@ -1135,6 +1137,8 @@ class Training:
         """Go on as if there had been no stop; the weights are loaded. -> bytes of the log to keep."""
         self.start, self.best = state["step"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, moments in self.optimizer.state.items():  # in this machine's order of memory
+            moments |= {name: torch.empty_like(weight).copy_(moments[name]) for name in ("exp_avg", "exp_avg_sq")}
         if self.scaler.is_enabled() and state["scaler"]:  # the stopped run's precision was fp16, too
             self.scaler.load_state_dict(state["scaler"])
         if RANK < len(state["random"]):  # the stopped run may have had fewer processes
@@ -1166,7 +1170,8 @@ class Training:
 
         def note(number, _):
             self.stopped_by = number
-            signal.signal(number, signal.default_int_handler)
+            # torchrun may send a second one itself
+            signal.signal(number, signal.default_int_handler if PROCESSES == 1 else signal.SIG_IGN)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

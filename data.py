@@ -376,10 +376,10 @@ def data_loader(dataset, batches, collate, workers):
 def outlive_signals(worker):
     """Ctrl-C and SIGTERM may reach every process, but the main one wants to finish its step.
 
-    So its workers ignore the one, and outlive the other by ten seconds.
+    So its workers ignore the one, and outlive the other by a minute.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 # -------------------------------------------------- captions: some of them wrong (ITM, retrieval), words masked (MLM)

@@ -211,15 +211,18 @@ def training_step(cfg, work, device, plain=False, dtype=torch.bfloat16):
     """-> a function that does one update with a batch, as finetune.train does, and returns its loss."""
     torch.manual_seed(0)
     model = clipbert.ClipBert(cfg, work.K).to(device).train()
+    if not plain:  # as clipbert.use_machine
+        model.cnn.to(memory_format=torch.channels_last)
     optimizer, logits_of = clipbert.build_optimizer(model), clipbert.clip_logits
     if plain:
-        optimizer = torch.optim.AdamW(clipbert.optimizer_groups(model, 1e-3), betas=(0.9, 0.98), fused=False)
+        optimizer = torch.optim.AdamW(clipbert.optimizer_groups(model, 1e-3), betas=(0.9, 0.98), foreach=True)
         logits_of, model.cnn.forward = plain_logits, partial(plain_grid, model.cnn)
         model.bert.set_attn_implementation("eager")
     clipbert.set_step(optimizer, 1, 3e-5)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     def step(batch):
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = not plain, dtype != torch.float32
         *inputs, target = (x.to(device, non_blocking=True) for x in batch)
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             p = clipbert.aggregate_clips(logits_of(model, *inputs).float(), work.agg)
@@ -311,6 +314,7 @@ def retrieval_model(folder):
         checkpoint = str(folder / "run" / "best.pt")
     s, model, collate, _ = finetune.load_for_use(finetune.parse_arguments([*given, "--eval", checkpoint]))
     examples = [e for split in ("test", "train") for e in data.read_examples(s.task, folder, split)]
+    s.workers = 0  # as in the reference's order: only the computing is compared
     return s, model.eval(), collate, list({e.video: e for e in examples}.values())[:200]
 
 
@@ -358,10 +362,8 @@ PARTS = {part.__name__: part for part in (decode, loader, step, memory, agree, r
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     args = parser.parse_args()
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     gpu = torch.cuda.get_device_name() if GPU else "no GPU"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}, "
           f"torch {torch.__version__}")  # fmt: skip

@@ -1,14 +1,13 @@
-"""What the tests and tests/stress.py share: toy data, and a script called as a user would, here or in its own process.
-
-`from conftest import run`; fixtures by name.
-"""
+"""What the tests and tests/stress.py share: toy data; a script called as a user would, here or in its own process."""
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests are about a CPU, and they fork
 import pytest
 import torch
 

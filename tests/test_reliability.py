@@ -86,6 +86,17 @@ def test_truncated_last_checkpoint_falls_back_on_the_one_before(toy, whole, tmp_
     assert same_end(tmp_path, whole)
 
 
+def test_resume_on_another_kind_of_machine(toy, whole, tmp_path):
+    """A GPU's moments are channels_last; AdamW on a CPU pairs them with the weights by their addresses."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    state = clipbert.load_checkpoint(tmp_path / "previous.pt")
+    for moments in state["optimizer"]["state"].values():
+        moments |= {k: v.contiguous(memory_format=torch.channels_last) for k, v in moments.items() if v.dim() == 4}
+    torch.save(state, tmp_path / "last.pt")
+    here(toy, tmp_path, *STEPS, "--resume")
+    assert same_end(tmp_path, whole)
+
+
 def test_log_on_a_full_disk_is_one_line(toy, tmp_path):
     """Emulated: no file may grow beyond 2,500 bytes."""
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2500, 2500))

@@ -3,7 +3,6 @@
 What comes of the ablations and how fast what is are not tested.
 """
 
-import time
 from dataclasses import replace
 
 import ablations
@@ -53,15 +52,6 @@ def test_plain_and_our_step_are_measured_for_both_tasks_and_agree_at_first(capsy
     benchmark.agree(steps=2, videos=1)
     said = capsys.readouterr().out
     assert said.count("; aim: 2x") == said.count("GiB a video") == said.count(": agreed") == 2
-
-
-def test_jobs_take_turns_and_the_first_is_what_they_are_compared_with(capsys):
-    order = []
-    jobs = {"slow": lambda: time.sleep(0.03) or order.append("s"), "ours": lambda: order.append("o")}
-    benchmark.compare("a title", jobs, repeats=2, aim=2, videos=1)
-    assert "".join(order) == "sososo"  # once more than is counted
-    _, _, slow, ours = capsys.readouterr().out.strip().split("\n")
-    assert "1.00x" in slow and float(ours.split()[-1]) > float(slow.split()[-1])
 
 
 def test_damaged_annotations_are_read_as_they_stand_or_refused_in_one_line():
