@@ -1730,7 +1730,8 @@ def write_toy_photos(folder, train=2000, val=200):
         rows = [{"question_id": i} | row for i, row in enumerate(rows)]
         questions = [{k: row[k] for k in ("question_id", "image_id", "question")} for row in rows]
         write_json(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", {"questions": questions})
-        write_json(folder / f"v2_mscoco_{split}2014_annotations.json", {"annotations": rows})  # more than published: the question, too
+        # one column more than published, the question
+        write_json(folder / f"v2_mscoco_{split}2014_annotations.json", {"annotations": rows})
 
 
 def toy_vqa_columns(photo, rng):
