@@ -403,7 +403,7 @@ def metrics(examples, grades):
         return {name: mean(row[name] for row in grades) for name in ("mse", "mse_rounded")}
     values = {}
     for example, row in zip(examples, grades, strict=True):
-        # multiple choice has no types: then both names are one
+        # FrameQA and VQA have types; where there are none, both names are one
         for name in {"accuracy", f"accuracy_{example.question_type}".rstrip("_")}:
             values.setdefault(name, []).append(100 * row["accuracy"])
     return {name: mean(values[name]) for name in sorted(values)}

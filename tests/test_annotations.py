@@ -28,7 +28,7 @@ CHOICE = {"question": "what ?", "options": list(A_TO_E), "answer": 4, "gif_name"
 NUMBER = {"question": "what ?", "answer": "two", "gif_name": "g", "answer_type": "number"}
 SUNG = [{"question": "who sings ?", "answer": "man", "video_id": 6513, "id": 4, "category_id": 3},
         {"question": "who ?", "answer": "a cat", "video_id": "video7", "id": 5, "answer_type": "who"}]
-SINGERS = [E("4", "video6513", "who sings ?", (), "man", "who"), E("5", "video7", "who ?", (), "a cat", "who")]
+SINGERS = [E("4", "video6513", "who sings ?", (), "man"), E("5", "video7", "who ?", (), "a cat", "who")]
 SAID = [{"caption": "a  b", "clip_name": "v1"}, {"caption": "line\u2028break", "clip_name": "v2"}]
 PEOPLE = ("yes", "no", "Two.", "a dog", "yes") * 2
 SCORES = {"yes": 1, "no": 2 / 3, "2": 2 / 3, "dog": 2 / 3}
@@ -97,7 +97,7 @@ FILES = [  # task, split, {file: what it says} (the first with a BOM, mixed line
      [E("2", "c/a.mp4", "a cat"), E("3", "b.mp4", "a dog"), E("4", "c/a.mp4", "a cat")]),
     ("didemo_retrieval", "test", {"test.tsv": "path\tcaption\na.mp4\ta cat\n"}, [E("a.mp4", "a.mp4", "a cat")]),
     ("msrvtt_qa", "val", {"val.csv": "path,question,answer\n12,What is it ?,a cat\n"},
-     [E("2", "12", "What is it ?", (), "a cat", "what")]),
+     [E("2", "12", "What is it ?", (), "a cat")]),
     ("pretrain", "train", {"mine.csv": 'path,caption\nclips/a.mp4,"a, b"\n12,c\n'},
      [E("mine/2", "clips/a.mp4", "a, b"), E("mine/3", "12", "c")]),
 ]  # fmt: skip
