@@ -372,7 +372,8 @@ def disk():
                 code = finish(process)
             lines, left = errors(out), list(out.glob("*.tmp"))
             said += [line.replace(str(work), "...") for line in lines]
-            tensors(out)  # raises if the checkpoint of before is not whole
+            if (out / "last.pt").exists():  # a worker's death may come between the two renames: there is previous.pt
+                tensors(out)  # raises if the checkpoint of before is not whole
             again = finish(start(folder, out, *more, "--resume"))
             if (code, again, left, len(lines)) != (2, 0, [], 1) or words not in lines[0] or not same_end(out, whole):
                 failures.append(f"{kind}: exit code {code}, resumed {again}: {errors(out)}")
