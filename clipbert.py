@@ -1165,12 +1165,12 @@ class Training:
         """Yield start + 1, ..., total_steps; after each, a checkpoint if one is due.
 
         Ctrl-C and SIGTERM wait for the step's end, which is saved; then the run ends. A second one
-        ends it at once. At the end, what could not be read is listed.
+        ends it at once (not of several processes: torchrun sends a second one itself). At the end,
+        what could not be read is listed.
         """
 
         def note(number, _):
             self.stopped_by = number
-            # torchrun may send a second one itself
             signal.signal(number, signal.default_int_handler if PROCESSES == 1 else signal.SIG_IGN)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1623,6 +1623,10 @@ def write_json(path, contents):
     path.write_text(json.dumps(contents), encoding="utf-8")
 
 
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def toy_options(answer, wrong, rng):
     """Five options, as in the public files: the answer anywhere among four wrong ones.
 
@@ -1634,8 +1638,8 @@ def toy_options(answer, wrong, rng):
 
 
 # -------------------------------------------------- writing: videos, and all that is asked and said of them
-# Sizes: all is drawn in some twenty seconds, and the README's accuracies were learned from so many. 200
-# test examples are half a point each, with a standard error of at most 3.5 points.
+# Sizes: all is drawn in some twenty seconds, and the README's accuracies were learned from so many.
+# 200 test examples are half a point each, with a standard error of at most 3.5 points.
 def write_toy_videos(folder, train=1000, test=200):
     """GIFs, with the files of TGIF-QA, MSRVTT-QA and of all retrieval tasks."""
     for split, count in (("train", train), ("test", test)):
@@ -1704,10 +1708,6 @@ def write_toy_captions(folder, split, videos, rng):
         rows = [{"clip_name": video.name, "options": options, "answer": right}
                 for video, (options, right) in zip(videos, drawn, strict=True)]  # fmt: skip
         write_lines(folder / "msrvtt_mc_test.jsonl", rows)
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # -------------------------------------------------- writing: photos, with captions and questions

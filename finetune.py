@@ -14,8 +14,8 @@ step or evaluation), last.pt and the one before it, previous.pt, best.pt, predic
 metrics.json and sheet.png (some of the test examples, right and wrong). --eval writes beside its
 checkpoint, into files named after what was evaluated.
 
-Read it from `run_training` on: settings -> data -> model -> loop -> evaluation. What
---help prints as defaults, a task may have otherwise (TASKS), and the tiny model again (TINY).
+Read it from `run_training` on: settings -> data -> model -> loop -> evaluation. What --help prints
+as defaults, a task may have otherwise (TASKS), and the tiny model again (TINY).
 """
 
 import json
